@@ -1,0 +1,548 @@
+"""Data in the REFER format: refs pickle + instances.json + images, for RefCOCO's family and the generated shapes.
+
+    data/refcoco/{instances.json, refs(unc).p}      data/refcoco+/{instances.json, refs(unc).p}
+    data/refcocog/{instances.json, refs(umd).p, refs(google).p}
+    data/images/train2014/COCO_train2014_*.jpg      (or images/mscoco/images/train2014, as REFER keeps them)
+    data/shapes/{instances.json, refs(shapes).p, images/}      written here the first time it is needed
+"""
+
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+from transformers import BertTokenizer
+
+
+class InputError(ValueError):
+    """A wrong input, told in words for the person who gave it: what, where, what to do."""
+
+
+def command_line(main):
+    """Decorate a script's main: a wrong input ends it with one message and status 1, without a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except (InputError, OSError) as error:
+            raise SystemExit(f"error: {error}") from error
+
+    return wrapped
+
+
+@dataclass(frozen=True)
+class Dataset:
+    folder: str
+    refs: str
+    splits: tuple[str, ...]  # the first trains, the second validates
+    images: tuple[str, ...] = ("images/train2014", "images/mscoco/images/train2014")
+
+
+DATASETS = {
+    "shapes": Dataset("shapes", "refs(shapes).p", ("train", "val", "testA", "testB"), ("shapes/images",)),
+    "refcoco": Dataset("refcoco", "refs(unc).p", ("train", "val", "testA", "testB")),
+    "refcoco+": Dataset("refcoco+", "refs(unc).p", ("train", "val", "testA", "testB")),
+    "refcocog-umd": Dataset("refcocog", "refs(umd).p", ("train", "val", "test")),
+    "refcocog-google": Dataset("refcocog", "refs(google).p", ("train", "val")),
+}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
+
+
+# --- reading: pickles, masks, images -----------------------------------------------------------------------
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, strings, lists and dicts; a pickle that names any class or function is refused unrun."""
+
+    def find_class(self, module, name):
+        raise InputError(f"it names {module}.{name}, but a refs file holds plain data only. Don't use this file")
+
+
+def read_refs(path: Path) -> list[dict]:
+    """The refs of a file written by Python 2 (byte strings in UTF-8, a few in Latin-1) or Python 3."""
+
+    def text(value):
+        if isinstance(value, bytes):
+            try:
+                return value.decode("utf-8")
+            except UnicodeDecodeError:
+                return value.decode("latin-1")
+        if isinstance(value, (list, tuple)):
+            return [text(item) for item in value]
+        return {text(k): text(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    try:
+        refs = text(PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load())
+    except InputError as error:
+        raise InputError(f"{path} was refused: {error}") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is not a refs pickle ({error}). Is the download whole?") from None
+    return refs
+
+
+def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """COCO segmentation -> bool [height, width], as COCO's own tools decode it.
+
+    Args:
+        segmentation: a list of polygons [x0, y0, x1, y1, ..] in pixels, whose union is taken and of which
+            those of fewer than three points cover nothing; or an RLE {"size": [h, w], "counts": ..} with
+            counts as a list or as COCO's compressed string.
+
+    Raises InputError if an RLE does not fill the image exactly, or a polygon has an odd length.
+    """
+    if isinstance(segmentation, dict):
+        return decode_rle(segmentation, height, width)
+    mask = np.zeros((height, width), dtype=bool)
+    for polygon in segmentation:
+        if len(polygon) % 2:
+            raise InputError(f"a polygon has {len(polygon)} numbers, but they come in pairs of x and y")
+        if len(polygon) >= 6:
+            mask |= fill_polygon(np.asarray(polygon, dtype=np.float64).reshape(-1, 2), height, width)
+    return mask
+
+
+def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """One polygon [P, 2] -> bool [height, width], by COCO's rule.
+
+    The outline is walked on a grid five times finer, one step along its longer axis at a time. Each step
+    that crosses the middle of a pixel column toggles the column from there downwards.
+    """
+    scale = 5
+    fine = np.trunc(scale * points + 0.5).astype(np.int64)
+    outline = []
+    for start, end in zip(fine, np.roll(fine, -1, axis=0)):
+        long = 0 if abs(end[0] - start[0]) >= abs(end[1] - start[1]) else 1  # the axis walked in steps of one
+        flip = start[long] > end[long]
+        low, high = (end, start) if flip else (start, end)
+        steps = np.arange(high[long] - low[long] + 1)
+        walk = np.empty((len(steps), 2), dtype=np.int64)
+        walk[:, long] = low[long] + steps
+        slope = (high[1 - long] - low[1 - long]) / max(high[long] - low[long], 1)
+        walk[:, 1 - long] = np.trunc(low[1 - long] + slope * steps + 0.5)
+        outline.append(walk[::-1] if flip else walk)
+    x, y = np.concatenate(outline).T
+    turned = np.flatnonzero(x[1:] != x[:-1])  # steps that move sideways
+    column = (np.minimum(x[turned], x[turned + 1]) + 0.5) / scale - 0.5
+    row = (np.minimum(y[turned], y[turned + 1]) + 0.5) / scale - 0.5
+    crossing = (column == np.floor(column)) & (column >= 0) & (column <= width - 1)
+    column, row = column[crossing].astype(np.int64), np.ceil(row[crossing].clip(0, height)).astype(np.int64)
+    toggles = np.bincount(column * height + row, minlength=width * height + 1)[: width * height]
+    return (np.cumsum(toggles) % 2 == 1).reshape(width, height).T
+
+
+def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
+    """COCO's run lengths, column by column, background first -> bool [height, width]."""
+    counts = rle["counts"]
+    if isinstance(counts, (str, bytes)):
+        counts = decode_counts(counts.encode() if isinstance(counts, str) else counts)
+    counts = np.asarray(counts, dtype=np.int64)
+    if list(rle["size"]) != [height, width] or (counts < 0).any() or counts.sum() != height * width:
+        raise InputError(
+            f"an RLE of size {list(rle['size'])} whose runs cover {counts.sum()} pixels does not fit an image of "
+            f"{height} x {width} = {height * width} pixels"
+        )
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
+
+
+def decode_counts(text: bytes) -> list[int]:
+    """COCO's compressed string: 5 bits a character, least first, from the third run on as the change since two before."""
+    counts, value, shift = [], 0, 0
+    for character in text:
+        bits = character - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:  # the last character of this number; its sign is bit 0x10
+            if bits & 0x10:
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    if shift:
+        raise InputError("a compressed RLE string ends in the middle of a number")
+    return counts
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An RGB image as it is meant to be seen: rotated as its EXIF tag says, 16-bit grey scaled to 8."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I;16") or image.mode == "I":  # convert("RGB") would clip these at 255
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"there is no image {path}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} can't be read as an image ({error})") from None
+
+
+def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
+    """An RGB image of any size -> float [3, image_size, image_size], normalised."""
+    pixels = torch.from_numpy(np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR)))
+    pixels = pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    return (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+# --- words --------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(expressions: list[str]) -> BertTokenizer:
+    """BERT's tokenizer with the whole words of these expressions for its vocabulary; others become [UNK]."""
+    bare = BertTokenizer().backend_tokenizer
+    words = {
+        word
+        for expression in expressions
+        for word, _ in bare.pre_tokenizer.pre_tokenize_str(bare.normalizer.normalize_str(expression))
+    }
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return BertTokenizer(vocab={word: i for i, word in enumerate(special + sorted(words))})
+
+
+def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expressions -> input_ids and attention_mask, int64 [len(expressions), max_tokens]; cut, [SEP] kept, and padded."""
+    encoded = tokenizer(
+        expressions, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt"
+    )
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+# --- the dataset --------------------------------------------------------------------------------------------
+
+
+class RefDataset(torch.utils.data.Dataset):
+    """One split of a REFER-format dataset.
+
+    Training: item (epoch, i) is object i with one of its sentences, drawn from (seed, epoch, i), so that neither
+    workers nor ranks change it. Evaluation: item i is sentence i, and every sentence of every object has its turn.
+
+    Each item is a dict of "image" float [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
+    int64 [max_tokens], "index" the number of the sentence in `sentences`. The tokenizer is set by `use`, since a new one is made
+    of the training split's own words.
+
+    Raises InputError if a file is missing or not what it should be.
+    """
+
+    def __init__(self, name: str, split: str, data: str | Path = "data"):
+        self.name, self.split = name, split
+        dataset = DATASETS[name]
+        if split not in dataset.splits:
+            raise InputError(f"{name} has no split {split!r}; it has {', '.join(dataset.splits)}")
+        data = Path(data)
+        if name == "shapes" and not (data / dataset.folder).exists():
+            generate_shapes(data / dataset.folder)
+        instances_file, refs_file = data / dataset.folder / "instances.json", data / dataset.folder / dataset.refs
+        for file in (instances_file, refs_file):
+            if not file.is_file():
+                raise InputError(
+                    f"{file} is missing. Unpack {name} to {data / dataset.folder}/: the README's section "
+                    f"'RefCOCO, step by step' says where to download it. With nothing to download: --dataset shapes"
+                )
+        refs = [ref for ref in read_refs(refs_file) if ref["split"] == split]
+        if not refs:
+            raise InputError(f"{refs_file} holds no object of split {split}")
+        try:
+            instances = json.loads(instances_file.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{instances_file} is not JSON ({error}). Is the download whole?") from None
+        images = {image["id"]: image for image in instances["images"]}
+        annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+        self.folder = next((data / f for f in dataset.images if (data / f).is_dir()), None)
+        if self.folder is None:
+            raise InputError(f"there is no image folder {data / dataset.images[0]}: see the README on where to get it")
+        self.objects, self.sentences = [], []  # (image, segmentation, first sentence, one past its last); (object, raw)
+        self.ref_ids, self.sent_ids = [], []
+        for ref in refs:
+            first = len(self.sentences)
+            self.sentences += [(len(self.objects), sentence["raw"]) for sentence in ref["sentences"]]
+            self.sent_ids += [sentence["sent_id"] for sentence in ref["sentences"]]
+            self.ref_ids.append(ref["ref_id"])
+            image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
+            self.objects.append((image, annotation["segmentation"], first, len(self.sentences)))
+
+    def use(self, tokenizer: BertTokenizer, max_tokens: int, image_size: int, training: bool, seed: int = 0):
+        """Set what a model asks of its items; returns the dataset."""
+        self.input_ids, self.attention_mask = tokenize(tokenizer, self.expressions, max_tokens)
+        self.image_size, self.training, self.seed = image_size, training, seed
+        return self
+
+    @property
+    def expressions(self) -> list[str]:
+        return [raw for _, raw in self.sentences]
+
+    def __len__(self) -> int:
+        return len(self.objects) if self.training else len(self.sentences)
+
+    def __getitem__(self, item) -> dict:
+        if self.training:
+            epoch, number = item
+            _, _, first, end = self.objects[number]
+            index = int(np.random.default_rng((self.seed, epoch, number)).integers(first, end))
+        else:
+            index = item
+        mask = Image.fromarray(self.mask(index).view(np.uint8))
+        mask = mask.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
+        return {
+            "image": to_input(self.image(index), self.image_size),
+            "mask": torch.from_numpy(np.array(mask)).bool(),
+            "input_ids": self.input_ids[index],
+            "attention_mask": self.attention_mask[index],
+            "index": index,
+        }
+
+    def ids(self, index: int) -> dict:
+        """{"ref_id", "sent_id", "image_id", "expression"} of sentence `index`, for logs."""
+        number, expression = self.sentences[index]
+        image_id = self.objects[number][0]["id"]
+        return {"ref_id": self.ref_ids[number], "sent_id": self.sent_ids[index], "image_id": image_id, "expression": expression}
+
+    def image(self, index: int) -> Image.Image:
+        """The image of sentence `index`, RGB at its own size."""
+        return open_image(self.folder / self.objects[self.sentences[index][0]][0]["file_name"])
+
+    def mask(self, index: int) -> np.ndarray:
+        """The target of sentence `index`, bool at the image's own size."""
+        image, segmentation, _, _ = self.objects[self.sentences[index][0]]
+        return rasterize(segmentation, image["height"], image["width"])
+
+    def shuffle_expressions(self, seed: int = 0) -> None:
+        """Give each sentence's place to a sentence of another image: a seeded permutation without fixed points.
+
+        The images are put in random order, their sentences side by side, and every sentence moves on by as many
+        places as the longest image has, which leads out of its own image.
+        """
+        images = np.array([self.objects[number][0]["id"] for number, _ in self.sentences])
+        rng = np.random.default_rng(seed)
+        names, group, sizes = np.unique(images, return_inverse=True, return_counts=True)
+        if 2 * sizes.max() > len(images):
+            raise InputError("shuffled expressions need at least two images, none with more than half of the sentences")
+        order = np.lexsort((rng.random(len(images)), rng.permutation(len(names))[group]))
+        source = np.empty_like(order)
+        source[order] = np.roll(order, sizes.max())
+        self.sentences = [(number, self.sentences[s][1]) for (number, _), s in zip(self.sentences, source)]
+        self.input_ids, self.attention_mask = self.input_ids[source], self.attention_mask[source]
+
+
+class TrainingBatches:
+    """Batch sampler: this rank's slice of the global batch of every step from `start` to `stop`, as (epoch, object).
+
+    The order of each epoch is drawn from (seed, epoch); an incomplete last batch is left for the next shuffle.
+    """
+
+    def __init__(self, objects: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world: int = 1):
+        self.objects, self.batch_size, self.start, self.stop, self.seed = objects, batch_size, start, stop, seed
+        self.rank, self.local = rank, batch_size // world
+        self.steps_per_epoch = objects // batch_size
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self):
+        order, order_epoch = None, None
+        for step in range(self.start, self.stop):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.objects), epoch
+            first = batch * self.batch_size + self.rank * self.local
+            yield [(epoch, int(number)) for number in order[first : first + self.local]]
+
+
+# --- the generated shapes -----------------------------------------------------------------------------------
+
+CANVAS = 128  # pixels a side
+COLORS = {
+    "red": (214, 48, 48), "yellow": (228, 205, 50), "green": (50, 165, 70),
+    "cyan": (60, 200, 215), "blue": (50, 80, 205), "purple": (150, 60, 180),
+}  # fmt: skip
+SIZES = {"small": (10.0, 12.0), "large": (16.0, 19.0)}  # radius in pixels of the circle of the same area
+MARGIN = 12  # pixels by which a place or a relation must hold
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
+PLACES = {
+    "left": ("left {}", "{} on the left"), "right": ("right {}", "{} on the right"),
+    "top": ("top {}", "{} at the top"), "bottom": ("bottom {}", "{} at the bottom"),
+}  # fmt: skip
+RELATIONS = {
+    "left": ("{} left of the {}", "{} to the left of the {}"), "right": ("{} right of the {}", "{} to the right of the {}"),
+    "top": ("{} above the {}", "{} over the {}"), "bottom": ("{} below the {}", "{} under the {}"),
+}  # fmt: skip
+SCENES = {  # split -> scenes, and the kinds of the targets of each; every target gets two sentences of its kind
+    "train": (4000, ("attribute", "place", "relation")),
+    "val": (200, ("attribute", "place", "relation")),
+    "testA": (200, ("attribute", "attribute")),
+    "testB": (200, ("place", "relation")),
+}
+
+
+def outline(shape: str) -> np.ndarray:
+    """The polygon [P, 2] of a shape around (0, 0), scaled to the area of the unit circle."""
+
+    def star(points: int, inner: float) -> np.ndarray:
+        angles = np.arange(2 * points) * math.pi / points - math.pi / 2
+        return np.where(np.arange(2 * points) % 2, inner, 1.0)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+
+    cross = np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)], dtype=float)
+    points = {
+        "circle": star(24, 1.0),
+        "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=float),
+        "triangle": star(3, 0.5),
+        "star": star(5, 0.45),
+        "cross": np.concatenate([cross, -cross]),
+    }[shape]
+    x, y = points.T
+    area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+    return points * math.sqrt(math.pi / area)
+
+
+SHAPES = {shape: outline(shape) for shape in ("circle", "square", "triangle", "star", "cross")}
+
+
+def sample_scene(rng: np.random.Generator) -> list[dict]:
+    """3 to 6 objects that don't touch, of few shapes and colours, so that look-alikes are the rule."""
+    while True:
+        shapes = rng.choice(list(SHAPES), 3, replace=False)
+        colors = rng.choice(list(COLORS), 3, replace=False)
+        objects = []
+        for _ in range(int(rng.integers(3, 7))):
+            shape, color, size = str(rng.choice(shapes)), str(rng.choice(colors)), str(rng.choice(list(SIZES)))
+            angle = rng.uniform(-0.3, 0.3)
+            turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+            polygon = SHAPES[shape] @ turn * rng.uniform(*SIZES[size])
+            reach = np.linalg.norm(polygon, axis=1).max()
+            for _ in range(20):
+                center = rng.uniform(reach + 1, CANVAS - reach - 1, 2)
+                if all(np.linalg.norm(center - o["center"]) > reach + o["reach"] + 2 for o in objects):
+                    attributes = {"shape": shape, "color": color, "size": size}
+                    polygon = (polygon + center).round(2)
+                    objects.append({"attributes": attributes, "center": center, "reach": reach, "polygon": polygon})
+                    break
+            else:
+                break
+        else:
+            return objects
+
+
+def describe(objects: list[dict], target: dict, kind: str) -> list[list[str]]:
+    """All pairs of sentences of a kind that are true of `target` and, with a margin, of nothing else in the scene."""
+
+    def phrases(item):
+        for keys in (("shape",), ("color",), ("color", "shape"), ("size", "shape"), ("size", "color", "shape")):
+            yield {key: item["attributes"][key] for key in keys}
+
+    def matches(phrase):
+        return [o for o in objects if phrase.items() <= o["attributes"].items()]
+
+    def words(phrase):
+        return " ".join(word for word in (phrase.get("size"), phrase.get("color"), phrase.get("shape", "thing")) if word)
+
+    def ahead(item, other, direction):  # pixels by which item lies further in a direction
+        return float(np.dot(item["center"] - other["center"], DIRECTIONS[direction]))
+
+    if kind == "attribute":
+        unique = [words(phrase) for phrase in phrases(target) if len(matches(phrase)) == 1]
+        return [[a, b] for a in unique for b in unique if a != b] or [[a, f"the {a}"] for a in unique]
+    found = []
+    for phrase, direction in itertools.product(phrases(target), DIRECTIONS):
+        rivals = [o for o in matches(phrase) if o is not target]
+        if kind == "place" and rivals and all(ahead(target, o, direction) >= MARGIN for o in rivals):
+            found.append([wording.format(words(phrase)) for wording in PLACES[direction]])
+        for landmark in objects if kind == "relation" else ():
+            others = [o for o in rivals if o is not landmark]
+            distance = ahead(target, landmark, direction)
+            aside = np.abs(target["center"] - landmark["center"]).sum() - abs(distance)
+            clear = distance >= max(MARGIN, aside) and all(ahead(o, landmark, direction) <= 0 for o in others)
+            if landmark is not target and others and clear:
+                for name in (words(p) for p in phrases(landmark) if len(matches(p)) == 1):
+                    found.append([wording.format(words(phrase), name) for wording in RELATIONS[direction]])
+    return found
+
+
+def draw_scene(objects: list[dict], rng: np.random.Generator) -> Image.Image:
+    """The scene on a grey ground with a slope of brightness, jittered colours and noise."""
+    zoom = 4  # drawn larger, then shrunk: smooth edges
+    canvas = Image.new("RGBA", (CANVAS * zoom, CANVAS * zoom))
+    for item in objects:
+        color = np.clip(np.array(COLORS[item["attributes"]["color"]]) + rng.integers(-20, 21, 3), 0, 255)
+        ImageDraw.Draw(canvas).polygon([tuple(point * zoom) for point in item["polygon"]], tuple(map(int, color)))
+    canvas = np.asarray(canvas.resize((CANVAS, CANVAS), Image.Resampling.BOX), dtype=np.float32)
+    slope = np.add.outer(*rng.uniform(-30, 30, 2)[:, None] * np.linspace(-0.5, 0.5, CANVAS))
+    ground = rng.uniform(80, 180) + slope[..., None]
+    opacity = canvas[..., 3:] / 255
+    pixels = canvas[..., :3] * opacity + ground * (1 - opacity) + rng.normal(0, 10, (CANVAS, CANVAS, 1))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def generate_shapes(folder: Path, seed: int = 0, scenes: dict | None = None) -> None:
+    """Write the shapes dataset in REFER's format; the same seed gives the same bytes.
+
+    Args:
+        scenes: split -> (number of scenes, kinds of their targets); SCENES if not given.
+    """
+    scenes = scenes or SCENES
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")  # a run that is stopped here leaves no half dataset
+    (part / "images").mkdir(parents=True)
+    images, annotations, refs, sentences = [], [], [], 0
+    bar = tqdm(total=sum(number for number, _ in scenes.values()), desc=f"drawing {folder}", unit="scene", disable=None)
+    for split_number, (split, (number, kinds)) in enumerate(scenes.items()):
+        for scene in range(number):
+            rng = np.random.default_rng((seed, split_number, scene))
+            targets = None
+            while targets is None:
+                objects = sample_scene(rng)
+                targets = choose_targets(objects, kinds, rng)
+            image = {"id": len(images), "file_name": f"{len(images):06d}.jpg", "height": CANVAS, "width": CANVAS}
+            images.append(image)
+            draw_scene(objects, rng).save(part / "images" / image["file_name"], quality=92)
+            first = len(annotations)
+            for item in objects:
+                polygon = item["polygon"]
+                (left, top), (right, bottom) = polygon.min(0).tolist(), polygon.max(0).tolist()
+                annotations.append({
+                    "id": len(annotations), "image_id": image["id"], "category_id": 1 + list(SHAPES).index(item["attributes"]["shape"]),
+                    "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)], "iscrowd": 0,
+                    "area": int(fill_polygon(polygon, CANVAS, CANVAS).sum()),
+                    "segmentation": [polygon.ravel().tolist()], "attributes": item["attributes"],
+                })  # fmt: skip
+            for position, texts in targets:
+                sent_ids = list(range(sentences, sentences + len(texts)))
+                sentences += len(texts)
+                annotation = annotations[first + position]
+                refs.append({
+                    "ref_id": len(refs), "ann_id": annotation["id"], "image_id": image["id"],
+                    "category_id": annotation["category_id"], "split": split, "file_name": image["file_name"], "sent_ids": sent_ids,
+                    "sentences": [
+                        {"sent_id": i, "sent": text, "raw": text, "tokens": text.split()} for i, text in zip(sent_ids, texts)
+                    ],
+                })  # fmt: skip
+            bar.update()
+    bar.close()
+    categories = [{"id": 1 + i, "name": shape} for i, shape in enumerate(SHAPES)]
+    instances = {"info": {"seed": seed}, "images": images, "annotations": annotations, "categories": categories}
+    (part / "instances.json").write_text(json.dumps(instances))
+    with open(part / "refs(shapes).p", "wb") as file:
+        pickle.dump(json.loads(json.dumps(refs)), file, protocol=2)  # through JSON: equal bytes for equal content
+    if folder.exists():
+        shutil.rmtree(part)
+    else:
+        part.rename(folder)
+
+
+def choose_targets(objects: list[dict], kinds: tuple[str, ...], rng: np.random.Generator) -> list | None:
+    """A distinct object for each kind, with its two sentences; None if the scene has none."""
+    targets, free = [], list(rng.permutation(len(objects)))
+    for kind in reversed(kinds):  # the rarest first
+        options = ((i, describe(objects, objects[i], kind)) for i in free)
+        position, found = next(((i, found) for i, found in options if found), (None, None))
+        if found is None:
+            return None
+        free.remove(position)
+        targets.append((int(position), found[int(rng.integers(len(found)))]))
+    return targets

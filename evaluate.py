@@ -1,0 +1,352 @@
+"""Scores, pictures, and masks for one's own photographs.
+
+    python evaluate.py --split val testA testB           the newest run, as the paper's Table 5
+    python evaluate.py --split val --shuffle-expressions does the model listen to the words?
+    python evaluate.py --image photo.jpg --expression "the man on the left"
+
+Under torchrun the batches are dealt to the ranks, and no sample is counted twice or dropped.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import BertTokenizer
+
+from data import DATASETS, InputError, RefDataset, command_line, open_image, to_input, tokenize
+from model import VEGA, VEGAConfig
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+BATCH_SIZE = 16  # of evaluation; fixed, since another batch may round another way
+
+
+# --- processes and devices ----------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes(device: str | None) -> torch.device:
+    """Join torchrun's process group, if there is one (nccl on CUDA, gloo on CPU); returns this process's device."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("there is no CUDA device here; use --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def autocast(device: torch.device, precision: str):
+    """The context that a forward pass runs in. precision: fp32 or bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def resolve_precision(precision: str | None, device: torch.device) -> str:
+    """What was asked for, or bf16 on cards that have it and fp32 elsewhere."""
+    return precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+FORMAT = 1  # of the checkpoint; raise it when an older reader would misread a newer file
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's plain dict, on the CPU. Raises InputError if the file is not one, without running any of it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}. Train one first: python train.py")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} can't be read as a checkpoint ({reason})") from None
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise InputError(f"{path} is not a checkpoint of this program")
+    if checkpoint["format"] != FORMAT:
+        raise InputError(f"{path} has format {checkpoint['format']}, this program reads format {FORMAT}: update it")
+    return checkpoint
+
+
+def restore(checkpoint: dict, device: torch.device, **overrides) -> tuple[VEGA, BertTokenizer]:
+    """The model, ready to evaluate, and its tokenizer. overrides: fields of VEGAConfig, such as image_size."""
+    try:
+        model = VEGA(VEGAConfig(**{**checkpoint["config"], **overrides}))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the checkpoint does not fit this program's model: {error}") from None
+    return model.to(device).eval(), BertTokenizer(**checkpoint["tokenizer"])
+
+
+def newest_run(file: str) -> Path:
+    """The newest runs/*/FILE."""
+    found = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(f"there is no run with a {file} under runs/ yet. Train one first: python train.py")
+    return found[-1]
+
+
+class Segmenter:
+    """A trained model for one's own pictures: mask = segment(image, expression)."""
+
+    def __init__(self, checkpoint: str | Path, device: str | None = None):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model, self.tokenizer = restore(read_checkpoint(checkpoint), self.device)
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image | str | Path, expression: str) -> np.ndarray:
+        """The pixels that the expression names: bool [height, width] at the image's own size."""
+        image = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
+        if not expression.strip():
+            raise InputError("the expression is empty: say what to segment, such as 'the man on the left'")
+        config = self.model.config
+        input_ids, attention_mask = tokenize(self.tokenizer, [expression], config.max_tokens)
+        output = self.model(
+            to_input(image, config.image_size)[None].to(self.device), input_ids.to(self.device), attention_mask.to(self.device)
+        )  # fmt: skip
+        logits = F.interpolate(output["logits"][:, None], (image.height, image.width), mode="bilinear")
+        return (logits[0, 0] > 0).cpu().numpy()
+
+
+def load(checkpoint: str | Path, device: str | None = None) -> Segmenter:
+    """A checkpoint -> a callable: mask = segment(image, expression), bool [height, width] at the image's own size."""
+    return Segmenter(checkpoint, device)
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """P@0.5 to P@0.9, mIoU and oIoU (Sec. 4.1) from integer counts, so that their order and split don't matter."""
+
+    def __init__(self):
+        self.counts = []  # of each sample: (its number, pixels of the intersection, pixels of the union)
+
+    def update(self, prediction: torch.Tensor, target: torch.Tensor, index=None) -> None:
+        """Count a batch: bool [B, H, W] both, or one sample [H, W]; index: the samples' numbers."""
+        if prediction.shape != target.shape:
+            raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+        if prediction.dim() == 2:
+            prediction, target = prediction[None], target[None]
+        prediction, target = prediction.bool(), target.bool()
+        index = range(len(self.counts), len(self.counts) + len(prediction)) if index is None else index
+        intersection = (prediction & target).sum((1, 2)).tolist()
+        union = (prediction | target).sum((1, 2)).tolist()
+        self.counts += zip(map(int, index), intersection, union)
+
+    def all_reduce(self) -> None:
+        """Put the counts of all processes together, in every process."""
+        if dist.is_initialized():
+            parts = [None] * world()
+            dist.all_gather_object(parts, self.counts)
+            self.counts = sorted(count for part in parts for count in part)
+
+    def ious(self) -> list[float]:
+        """IoU of each sample; 0 where the union is empty, as in the peers' test scripts."""
+        return [intersection / union if union else 0.0 for _, intersection, union in self.counts]
+
+    def compute(self) -> dict:
+        """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, and "samples"."""
+        if not self.counts:
+            raise ValueError("no sample has been counted")
+        ious = self.ious()
+        scores = {f"P@{t}": 100 * sum(iou >= t for iou in ious) / len(ious) for t in THRESHOLDS}
+        union = sum(union for _, _, union in self.counts)
+        scores["mIoU"] = 100 * math.fsum(ious) / len(ious)
+        scores["oIoU"] = 100 * sum(intersection for _, intersection, _ in self.counts) / union if union else 0.0
+        return {**scores, "samples": len(ious)}
+
+
+def table(name: str, scores: dict[str, dict]) -> str:
+    """split -> scores as the rows of the paper's Table 5."""
+    columns = [f"P@{t}" for t in THRESHOLDS] + ["mIoU", "oIoU"]
+    lines = [f"{'Dataset':<16}{'split':<8}" + "".join(f"{column:>8}" for column in columns)]
+    for split, row in scores.items():
+        lines.append(f"{name:<16}{split:<8}" + "".join(f"{row[column]:>8.2f}" for column in columns))
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def evaluate(
+    model: VEGA, dataset: RefDataset, device: torch.device, precision: str = "fp32", batch_size: int = BATCH_SIZE,
+    workers: int = 0, resolution: str = "input",
+) -> Metrics:  # fmt: skip
+    """Count every sentence of every object once, whatever the number of processes.
+
+    The batches are fixed and dealt whole to the ranks: a sample sees the same batch in any number of processes.
+
+    Args:
+        resolution: "input" compares at the model's input size with the mask resized to it by nearest (the
+            paper's peers' protocol); "original" at the image's own size, the logits resized to it.
+    """
+    model.eval()
+    starts = range(0, len(dataset), batch_size)
+    batches = [list(range(start, min(start + batch_size, len(dataset)))) for start in starts]
+    loader = DataLoader(
+        dataset, batch_sampler=batches[rank() :: world()], num_workers=workers, pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    metrics = Metrics()
+    quiet = True if rank() else None  # None: quiet when not a terminal
+    for batch in tqdm(loader, desc=f"{dataset.name} {dataset.split}", unit="batch", leave=False, disable=quiet):
+        with autocast(device, precision):
+            output = model(*(batch[key].to(device) for key in ("image", "input_ids", "attention_mask")))
+        if resolution == "input":
+            metrics.update(output["logits"] > 0, batch["mask"].to(device), batch["index"])
+            continue
+        for logits, index in zip(output["logits"], batch["index"].tolist()):
+            mask = torch.from_numpy(dataset.mask(index)).to(device)
+            logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
+            metrics.update(logits > 0, mask, [index])
+    metrics.all_reduce()
+    return metrics
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+GREEN, RED = (40, 220, 90), (255, 60, 60)
+
+
+def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int]) -> Image.Image:
+    """The image, dimmed, with the mask [height, width] at full brightness and outlined in the colour."""
+    pixels = np.asarray(image, dtype=np.float32)
+    shown = np.where(mask[..., None], 0.75 * pixels + 0.25 * np.array(color), 0.45 * pixels)
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    shown[mask & ~inner] = color
+    return Image.fromarray(shown.astype(np.uint8))
+
+
+@torch.no_grad()
+def picture_sheet(model: VEGA, dataset: RefDataset, device: torch.device, path: Path, samples: int = 8) -> None:
+    """Write a sheet, one row a sample: image, ground truth, prediction, the pixels that the [CLS] row selected."""
+    model.eval()
+    side, line = 240, 26
+    columns = ("image", "ground truth", "prediction", "selected by [CLS]")
+    picked = np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist()
+    sheet = Image.new("RGB", (4 * side + 50, line + len(picked) * (side + line)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(columns):
+        draw.text((10 + column * (side + 10), 4), title, "black", font_size=15)
+    for row, index in enumerate(picked):
+        item = dataset[index]
+        output = model(*(item[key][None].to(device) for key in ("image", "input_ids", "attention_mask")))
+        height, width = output["similarity"].shape[1:]
+        prediction = (output["logits"][0] > 0).cpu()
+        selected = output["selection"].M[0, 0].unflatten(0, (height, width)).bool().cpu()
+        metrics = Metrics()
+        metrics.update(prediction, item["mask"])
+        image = dataset.image(index).resize((side, side), Image.Resampling.BILINEAR)
+        masks = [np.array(Image.fromarray(mask.numpy()).resize((side, side), 0)) for mask in (item["mask"], prediction, selected)]
+        tiles = [image, *(overlay(image, mask, color) for mask, color in zip(masks, (GREEN, RED, (255, 255, 255))))]
+        top = line + row * (side + line)
+        for column, tile in enumerate(tiles):
+            sheet.paste(tile, (10 + column * (side + 10), top))
+        caption = f"{dataset.sentences[index][1]}   (IoU {100 * metrics.ious()[0]:.0f})"
+        draw.text((10, top + side + 3), caption, "black", font_size=15)
+    sheet.save(path)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the model's input")
+    parser.add_argument("--workers", type=int, help="processes that load images (default: 0 for shapes, else 4)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on cards that have it, else fp32")
+    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="FILE", help="default: best.pt of the newest run under runs/")
+    parser.add_argument("--dataset", choices=DATASETS, help="default: the one that the checkpoint was trained on")
+    parser.add_argument("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"images per forward pass (default: {BATCH_SIZE})")
+    parser.add_argument("--resolution", choices=("input", "original"), default="input",
+                        help="compare masks at the model's input size (the paper's protocol) or at the image's own")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="also write the scores there: split -> scores in per cent")
+    parser.add_argument("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU")
+    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="write a sheet of N samples of each split beside the checkpoint")
+    parser.add_argument("--shuffle-expressions", action="store_true", help="give each sample the expression of one from another image")
+    parser.add_argument("--image", metavar="FILE", help="segment this photograph instead of a dataset")
+    parser.add_argument("--expression", metavar="TEXT", help="what to segment in --image")
+    common_flags(parser)
+    args = parser.parse_args(argv)
+    if (args.image is None) != (args.expression is None):
+        parser.error("--image and --expression go together")
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    return args
+
+
+def segment_photograph(checkpoint: Path, args: argparse.Namespace) -> None:
+    image = open_image(args.image)
+    mask = load(checkpoint, args.device)(image, args.expression)
+    slug = re.sub(r"\W+", "-", args.expression.lower()).strip("-")[:60]
+    path = checkpoint.parent / f"{Path(args.image).stem}-{slug}.png"
+    overlay(image, mask, RED).save(path)
+    print(f"{args.expression!r} covers {100 * mask.mean():.1f} % of {args.image}; the overlay is {path}")
+
+
+@command_line
+def main(argv: list[str] | None = None) -> dict | None:
+    args = parse(argv)
+    checkpoint_file = Path(args.checkpoint) if args.checkpoint else newest_run("best.pt")
+    if args.image:
+        return segment_photograph(checkpoint_file, args)
+    device = start_processes(args.device)
+    checkpoint = read_checkpoint(checkpoint_file)
+    overrides = {"image_size": args.image_size} if args.image_size else {}
+    model, tokenizer = restore(checkpoint, device, **overrides)
+    name = args.dataset or checkpoint["dataset"]
+    precision = resolve_precision(args.precision or checkpoint["precision"], device)
+    workers = args.workers if args.workers is not None else (0 if name == "shapes" else 4)
+    scores, lines = {}, []
+    forward = torch.compile(model) if args.compile else model
+    for split in args.split or DATASETS[name].splits[1:2]:
+        dataset = RefDataset(name, split, args.data)
+        dataset.use(tokenizer, model.config.max_tokens, model.config.image_size, training=False)
+        if args.shuffle_expressions:
+            dataset.shuffle_expressions()
+        metrics = evaluate(forward, dataset, device, precision, args.batch_size, workers, args.resolution)
+        scores[split] = metrics.compute()
+        for (index, _, _), iou in zip(metrics.counts, metrics.ious()):
+            lines.append(json.dumps({"split": split, **dataset.ids(index), "iou": iou}))
+        if args.pictures and rank() == 0:
+            path = checkpoint_file.with_name(f"pictures-{split}.png")
+            picture_sheet(model, dataset, device, path, args.pictures)
+            print(f"pictures: {path}")
+    if rank() == 0:
+        print(f"{checkpoint_file}, step {checkpoint['step']}" + (", expressions shuffled" if args.shuffle_expressions else ""))
+        print(table(name, scores))
+        if args.json:
+            Path(args.json).write_text(json.dumps(scores, indent=2))
+        if args.per_sample:
+            Path(args.per_sample).write_text("\n".join(lines) + "\n")
+    return scores
+
+
+if __name__ == "__main__":
+    main()

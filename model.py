@@ -1,0 +1,257 @@
+"""VEGA: Swin-B with early fusion, BERT, the VIS block and the decoder that refers to the guidance set.
+
+    image --> Swin stages 1..4, each followed by EarlyFusion with the words --> F_1 .. F_4        Sec. 3.1
+    words --> BERT --> Q_l --> enhanced by cross-attention to F_v (F_4 projected to D channels)   Table 2
+    F_v, Q_l --> VISBlock --> guidance set G = {Q_l, Q_v}                                         Sec. 3.2
+    F_4 .. F_1, G --> Decoder --> logits                                                          Sec. 3.3
+
+Tokens are [B, N, C] and maps [B, H, W, C]; only the decoder's convolutions see [B, C, H, W].
+"""
+
+from dataclasses import dataclass, field
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from selection import INITIAL_LOG_TAU, AttentionLayer, VISBlock, pixel_contrastive_loss
+
+
+def bert_base() -> dict:
+    return dict(vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+
+
+@dataclass
+class VEGAConfig:
+    """Everything that decides the model's shape and its loss; a checkpoint carries it whole. Defaults: the paper."""
+
+    image_size: int = 480  # pixels a side; the photograph is squeezed to this square
+    embed_dim: int = 128  # Swin's channels at stage 1; they double at every stage
+    depths: tuple[int, ...] = (2, 2, 18, 2)  # Swin's blocks per stage
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window_size: int = 12
+    drop_path: float = 0.3  # stochastic depth of the last Swin block
+    coordinates: bool = False  # add the pixels' normalised coordinates to the patch embedding
+    bert: dict = field(default_factory=bert_base)  # arguments of transformers' BertConfig
+    max_tokens: int = 21  # of an expression, [CLS] and [SEP] among them
+    variant: str = "vega"
+    ratio: float = 0.3  # of the pixels that each word selects
+    attention_heads: int = 8  # of every cross- and self-attention that VEGA adds
+    decoder_width: int = 256
+    dropout: float = 0.1  # in BERT and in the attention layers that VEGA adds
+    contrastive: float = 0.5  # weight of Eq. 5 beside the mask's cross-entropy
+    dice: float = 0.0  # weight of a Dice term
+
+    @classmethod
+    def base(cls, **overrides) -> "VEGAConfig":
+        """The paper's model: Swin-B and BERT-base at 480 x 480."""
+        return cls(**overrides)
+
+    @classmethod
+    def tiny(cls, **overrides) -> "VEGAConfig":
+        """For the generated shapes: three stages, so that stage 3 has 8 x 8 pixels to select from at 128 x 128."""
+        sizes = dict(
+            image_size=128, embed_dim=48, depths=(2, 2, 4), num_heads=(2, 4, 8), window_size=8, drop_path=0.0,
+            coordinates=True, decoder_width=64, dropout=0.0, dice=1.0,
+            bert=dict(vocab_size=64, hidden_size=192, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512),
+        )  # fmt: skip
+        return cls(**{**sizes, **overrides})
+
+    def __post_init__(self):
+        self.depths, self.num_heads = tuple(self.depths), tuple(self.num_heads)
+        smallest = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
+        if self.image_size % 4 or self.image_size < smallest:
+            raise ValueError(
+                f"image size {self.image_size} does not fit a Swin of {len(self.depths)} stages: it must be a "
+                f"multiple of 4 (one patch) and at least {smallest} (2 x 2 pixels left at the last stage)"
+            )
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"the ratio of selected pixels is {self.ratio}, but must lie in (0, 1]")
+
+
+class EarlyFusion(nn.Module):
+    """LAVT's pixel-word attention and its gated residual, after each Swin stage (Sec. 3.1).
+
+    Args:
+        dim: channels C of the stage.
+        language_dim: channels D of the words.
+        gated: whether the fused map also flows on into a next stage.
+    """
+
+    def __init__(self, dim: int, language_dim: int, gated: bool = True):
+        super().__init__()
+        self.project_vision = nn.Linear(dim, dim)
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(language_dim, dim)
+        self.value = nn.Linear(language_dim, dim)
+        self.project_attended = nn.Linear(dim, dim)
+        self.project_fused = nn.Linear(dim, dim)
+        if gated:
+            self.gate = nn.Sequential(
+                nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh()
+            )
+        else:  # nothing follows the last stage, and a gate there would never see a gradient
+            self.gate = None
+
+    def forward(self, x: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C], Q_l [B, T, D], mask_l [B, T] -> fused F_i [B, N, C] and x + gate(F_i) * F_i (None if ungated)."""
+        query = self.instance_norm(self.query(x))  # [B, N, C]
+        hide_padding = ((mask_l[:, None, :] - 1) * 1e4).to(query.dtype)  # [B, 1, T]
+        # one head, scaled by C ** -0.5
+        attended = F.scaled_dot_product_attention(query, self.key(Q_l), self.value(Q_l), hide_padding)  # [B, N, C]
+        attended = self.instance_norm(self.project_attended(attended))
+        fused = F.gelu(self.project_fused(F.gelu(self.project_vision(x)) * attended))
+        return fused, None if self.gate is None else x + self.gate(fused) * fused
+
+    @staticmethod
+    def instance_norm(x: Tensor) -> Tensor:
+        """Each channel of each sample to mean 0 and variance 1 over the pixels."""
+        return F.instance_norm(x.mT).mT
+
+
+class PadThenShiftBlock(SwinTransformerBlock):
+    """timm's Swin block on maps that its windows do not tile: pad to whole windows first, then shift.
+
+    timm shifts first and pads after, so that opposite edges of the image share a window and no mask parts
+    them. On a map that is already whole windows wide it pads nothing, so padding before it is enough.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        window_height, window_width = self.window_size
+        x = F.pad(x, (0, 0, 0, -width % window_width, 0, -height % window_height))
+        return super()._attn(x)[:, :height, :width]
+
+
+class VisionEncoder(nn.Module):
+    """timm's Swin Transformer, run stage by stage with an EarlyFusion after each (Sec. 3.1)."""
+
+    def __init__(self, config: VEGAConfig):
+        super().__init__()
+        self.swin = timm.create_model(
+            "swin_base_patch4_window12_384", num_classes=0, img_size=config.image_size, embed_dim=config.embed_dim,
+            depths=config.depths, num_heads=config.num_heads, window_size=config.window_size,
+            drop_path_rate=config.drop_path,
+        )  # fmt: skip
+        self.swin.norm = nn.Identity()  # each stage has its own below
+        for stage in self.swin.layers:
+            for block in stage.blocks:
+                block.__class__ = PadThenShiftBlock
+        self.dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
+        gated = [i < len(self.dims) - 1 for i in range(len(self.dims))]
+        self.fusions = nn.ModuleList(map(EarlyFusion, self.dims, [config.bert["hidden_size"]] * len(gated), gated))
+        self.norms = nn.ModuleList(map(nn.LayerNorm, self.dims))
+        if config.coordinates:
+            self.coordinates = nn.Linear(2, config.embed_dim)
+
+    def forward(self, image: Tensor, Q_l: Tensor, mask_l: Tensor) -> list[Tensor]:
+        """image [B, 3, H, W], Q_l [B, T, D], mask_l [B, T] -> the fused maps F_i [B, H_i, W_i, C_i], stride 4 first."""
+        x = self.swin.patch_embed(image)  # [B, H / 4, W / 4, C_1]
+        if hasattr(self, "coordinates"):
+            ys, xs = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[1:3])
+            x = x + self.coordinates(torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1))
+        features = []
+        for stage, fusion, norm in zip(self.swin.layers, self.fusions, self.norms):
+            x = stage(x)  # [B, H_i, W_i, C_i]; timm's stages begin with the downsampling
+            height, width = x.shape[1:3]
+            fused, x = fusion(x.flatten(1, 2), Q_l, mask_l)
+            features.append(norm(fused).unflatten(1, (height, width)))
+            if x is not None:
+                x = x.unflatten(1, (height, width))
+        return features
+
+
+class Decoder(nn.Module):
+    """From the last stage to the first: look at the guidance set, upsample, join the encoder's map (Sec. 3.3)."""
+
+    def __init__(self, vision_dims: list[int], guidance_dim: int, width: int, num_heads: int, dropout: float):
+        super().__init__()
+        *skip_dims, last_dim = vision_dims
+        self.project = nn.Linear(last_dim, width)
+        self.attentions = nn.ModuleList(AttentionLayer(width, num_heads, guidance_dim, dropout) for _ in vision_dims)
+        self.merges = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width + dim, width, 3, padding=1, bias=False), nn.GroupNorm(width // 8, width), nn.ReLU()
+            )
+            for dim in reversed(skip_dims)
+        )
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, features: list[Tensor], G: Tensor, mask_G: Tensor) -> Tensor:
+        """features [B, H_i, W_i, C_i] with stride 4 first, G [B, R, D], mask_G [B, R] -> logits [B, H / 4, W / 4]."""
+        *skips, last = features
+        x = self.project(last)  # [B, H_i, W_i, width], from the smallest map to the largest
+        for i, attention in enumerate(self.attentions):
+            if i > 0:
+                skip = skips[-i].permute(0, 3, 1, 2)
+                x = F.interpolate(x.permute(0, 3, 1, 2), skip.shape[-2:], mode="bilinear")
+                x = self.merges[i - 1](torch.cat([x, skip], dim=1)).permute(0, 2, 3, 1)
+            x = attention(x.flatten(1, 2), G, mask_G).unflatten(1, x.shape[1:3])
+        return self.head(x)[..., 0]
+
+
+class VEGA(nn.Module):
+    """Visual Expression Guidance for Referring Expression Segmentation, at random weights."""
+
+    def __init__(self, config: VEGAConfig):
+        super().__init__()
+        self.config = config
+        heads, dropout = config.attention_heads, config.dropout
+        bert_config = BertConfig(
+            **{**config.bert, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        )
+        self.bert = BertModel(bert_config, add_pooling_layer=False)
+        self.vision = VisionEncoder(config)
+        D = bert_config.hidden_size
+        self.project_vision = nn.Linear(self.vision.dims[-1], D)
+        self.enhance = AttentionLayer(D, heads, dropout=dropout)
+        self.vis = VISBlock(D, heads, config.ratio, dropout)
+        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))
+        self.decoder = Decoder(self.vision.dims, D, config.decoder_width, heads, dropout)
+
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict:
+        """Segment what each expression names.
+
+        Args:
+            image: [B, 3, H, W] normalised, H = W = config.image_size.
+            input_ids, attention_mask: [B, T] tokens of the expression, [CLS] first, and 1 where they are real.
+
+        Returns a dict:
+            "logits": [B, H, W], positive on the target.
+            "selection": Selection, see selection.py.
+            "similarity": [B, H_4, W_4] the [CLS] row of S as a map, the s of Eq. 5.
+        """
+        Q_l = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
+        features = self.vision(image, Q_l, attention_mask)
+        F_v = self.project_vision(features[-1].flatten(1, 2))  # [B, N, D]
+        Q_l = self.enhance(Q_l, F_v)  # every pixel is a key: the words have looked at the image before they select
+        selection = self.vis(F_v, Q_l, attention_mask)
+        logits = self.decoder(features, selection.G, selection.mask_G)  # [B, H / 4, W / 4]
+        logits = F.interpolate(logits.float()[:, None], image.shape[-2:], mode="bilinear")[:, 0]
+        similarity = selection.S[:, 0].unflatten(1, features[-1].shape[1:3])
+        return {"logits": logits, "selection": selection, "similarity": similarity}
+
+    def loss(self, output: dict, mask: Tensor) -> dict:
+        """output of `forward`, mask [B, H, W] 1 on the target -> {"loss", "bce", "contrastive", "tau"[, "dice"]}, scalars."""
+        logits, mask = output["logits"], mask.float()
+        tau = self.log_tau.exp()
+        losses = {
+            "bce": F.binary_cross_entropy_with_logits(logits, mask),
+            "contrastive": pixel_contrastive_loss(output["similarity"], mask, tau),
+        }
+        total = losses["bce"] + self.config.contrastive * losses["contrastive"]
+        if self.config.dice:
+            losses["dice"] = dice_loss(logits, mask)
+            total = total + self.config.dice * losses["dice"]
+        return {"loss": total, **losses, "tau": tau}
+
+
+def dice_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """1 - 2 |P M| / (|P| + |M|) on probabilities, one added above and below; the mean over samples. [B, H, W] each."""
+    probability = logits.sigmoid().flatten(1)
+    mask = mask.flatten(1)
+    overlap = 2 * (probability * mask).sum(1) + 1
+    return (1 - overlap / (probability.sum(1) + mask.sum(1) + 1)).mean()

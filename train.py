@@ -1,0 +1,285 @@
+"""Train VEGA, evaluate it and show it.
+
+    python train.py                                            the demo: generated shapes, tiny model
+    torchrun --nproc_per_node=4 train.py --dataset refcoco     the paper's settings
+    python train.py --resume                                   go on with the newest run
+
+A run leaves best.pt, last.pt, log.jsonl, metrics.json and pictures.png under runs/NAME/.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+import timm
+from data import DATASETS, InputError, RefDataset, TrainingBatches, command_line, make_tokenizer
+from evaluate import (
+    FORMAT, autocast, common_flags, evaluate, newest_run, picture_sheet, rank, read_checkpoint, resolve_precision,
+    restore, start_processes, table, world,
+)  # fmt: skip
+from model import VEGA, VEGAConfig
+
+# what each model is trained with unless a flag says otherwise; base: Sec. 4.1
+RECIPES = {
+    "tiny": dict(epochs=2, batch_size=16, lr=7e-4, weight_decay=0.01, validate_every=500, log_every=10, workers=0),
+    "base": dict(epochs=40, batch_size=16, lr=3e-5, weight_decay=0.01, validate_every=None, log_every=50, workers=4),
+}
+PRETRAINED_SWIN, PRETRAINED_BERT = "swin_base_patch4_window12_384.ms_in22k", "google-bert/bert-base-uncased"
+MODEL_FLAGS = ("image_size", "ratio", "variant", "drop_path", "dropout", "dice", "coordinates")  # fields of VEGAConfig
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=DATASETS, help="default: shapes, generated here")
+    parser.add_argument("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
+    parser.add_argument("--batch-size", type=int, help="images per step, over all processes (default: 16)")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="images per forward pass of a process; the rest of its share accumulates")
+    parser.add_argument("--epochs", type=int, help="default: 40 for base, 2 for tiny")
+    parser.add_argument("--max-steps", type=int, metavar="STEPS", help="stop after so many steps; the learning rate decays to zero over them")
+    parser.add_argument("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 7e-4 for tiny)")
+    parser.add_argument("--weight-decay", type=float, help="default: 0.01; none on norms, biases and relative position tables")
+    parser.add_argument("--dropout", type=float, help="in BERT and the attention layers that VEGA adds")
+    parser.add_argument("--drop-path", type=float, help="stochastic depth of the last Swin block")
+    parser.add_argument("--dice", type=float, metavar="WEIGHT", help="weight of a Dice term in the loss (the paper: 0)")
+    parser.add_argument("--coordinates", action=argparse.BooleanOptionalAction, help="add pixel coordinates to the patch embedding (the paper: no)")
+    parser.add_argument("--ratio", type=float, help="of the pixels that each word selects (default: 0.3; Table 6)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-pretrained", action="store_true", help="start base at random instead of from ImageNet-22K and BERT's weights")
+    parser.add_argument("--out", metavar="DIR", help="default: runs/DATASET-TIME")
+    parser.add_argument("--overwrite", action="store_true", help="let --out replace the run that is there")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt of --out, or of the newest run")
+    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="write last.pt also between validations")
+    parser.add_argument("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
+    parser.add_argument("--validate-every", type=int, metavar="STEPS", help="default: every epoch; 500 for tiny")
+    common_flags(parser)
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what the command line left open, from the recipe of the model's preset."""
+    args.dataset = args.dataset or "shapes"
+    args.model = args.model or ("tiny" if args.dataset == "shapes" else "base")
+    args.pretrained = args.model == "base" and not args.no_pretrained
+    for name, value in RECIPES[args.model].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.batch_size % world():
+        raise InputError(f"a batch of {args.batch_size} does not divide among {world()} processes")
+    args.micro_batch = min(args.micro_batch or args.batch_size, args.batch_size // world())
+    if args.batch_size // world() % args.micro_batch:
+        raise InputError(f"each process's share of {args.batch_size // world()} images is not a multiple of --micro-batch {args.micro_batch}")
+    return args
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """The other processes wait until rank 0 is through, which downloads or generates what is missing."""
+    if rank():
+        dist.barrier()
+    yield
+    if world() > 1 and not rank():
+        dist.barrier()
+
+
+def build(args: argparse.Namespace, words: list[str]) -> tuple[VEGA, BertTokenizer]:
+    """The model at its starting weights, and its tokenizer: pretrained BERT's, or made of the training split's words."""
+    overrides = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name, None) is not None}
+    if args.pretrained:
+        tokenizer = AutoTokenizer.from_pretrained(PRETRAINED_BERT)
+        bert = BertModel.from_pretrained(PRETRAINED_BERT, add_pooling_layer=False, dtype=torch.float32)
+        overrides["bert"] = {name: getattr(bert.config, name) for name in VEGAConfig().bert}
+    else:
+        tokenizer = make_tokenizer(words)
+    try:
+        config = getattr(VEGAConfig, args.model)(**overrides)
+        if not args.pretrained:
+            config.bert["vocab_size"] = len(tokenizer)
+        torch.manual_seed(args.seed)
+        model = VEGA(config)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if args.pretrained:
+        model.bert.load_state_dict(bert.state_dict())
+        swin = timm.create_model(PRETRAINED_SWIN, pretrained=True, num_classes=0, img_size=config.image_size)
+        swin.norm = torch.nn.Identity()
+        model.vision.swin.load_state_dict(swin.state_dict())
+    return model, tokenizer
+
+
+def make_optimizer(model: VEGA, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; norms, biases, the temperature and relative position tables do not decay."""
+    decays, stays = [], []
+    for name, parameter in model.named_parameters():
+        (stays if parameter.dim() < 2 or name.endswith("relative_position_bias_table") else decays).append(parameter)
+    return torch.optim.AdamW([{"params": decays}, {"params": stays, "weight_decay": 0.0}], lr, weight_decay=weight_decay, fused=True)
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """Write beside, flush to the disk, then rename: a kill in between leaves the previous file whole."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+@command_line
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    device = start_processes(args.device)
+
+    # the run: a new folder, or the newest one to go on with
+    resumed = None
+    if args.resume:
+        out = Path(args.out) if args.out else newest_run("last.pt").parent
+        resumed = read_checkpoint(out / "last.pt")
+        args = argparse.Namespace(**{**resumed["args"], "device": args.device, "data": args.data})
+    else:
+        args = settle(args)
+        out = Path(args.out or f"runs/{args.dataset.replace('+', 'plus')}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if any((out / file).exists() for file in ("last.pt", "best.pt", "log.jsonl")) and not args.overwrite:
+            raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or --overwrite it")
+    precision = resolve_precision(args.precision, device)
+
+    # data and model
+    train_split, val_split, *test_splits = DATASETS[args.dataset].splits
+    with rank_0_first():
+        train, val = (RefDataset(args.dataset, split, args.data) for split in (train_split, val_split))
+        model, tokenizer = build(args, train.expressions) if resumed is None else restore(resumed, torch.device("cpu"))
+    model.to(device)
+    config = model.config
+    for dataset in (train, val):
+        dataset.use(tokenizer, config.max_tokens, config.image_size, training=dataset is train, seed=args.seed)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    if len(train) < args.batch_size:
+        raise InputError(f"{args.dataset} {train_split} has {len(train)} objects, fewer than a batch of {args.batch_size}")
+    steps_per_epoch = len(train) // args.batch_size
+    total = args.max_steps or args.epochs * steps_per_epoch
+    validate_every = args.validate_every or steps_per_epoch
+    start, best = 0, -1.0
+    if resumed is not None:
+        optimizer.load_state_dict(resumed["optimizer"])
+        start, best = resumed["step"], resumed["best"]
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
+    forward = torch.compile(parallel) if args.compile else parallel
+    loader = DataLoader(
+        train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
+        batch_sampler=TrainingBatches(len(train), args.batch_size, start, total, args.seed, rank(), world()),
+    )  # fmt: skip
+    log = None
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "w" if resumed is None else "a", buffering=1)
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{args.model} VEGA, {size:.1f} M parameters, on {args.dataset}: {len(train)} objects, {total} steps of "
+              f"{args.batch_size} on {world()} x {device.type}, {precision}; run: {out}")  # fmt: skip
+
+    def checkpoint(step: int) -> dict:
+        special = ("do_lower_case", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+        return {
+            "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": args.precision,
+            "config": dataclasses.asdict(config), "args": vars(args), "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "tokenizer": {"vocab": tokenizer.get_vocab(), **{name: getattr(tokenizer, name) for name in special}},
+        }  # fmt: skip
+
+    # training
+    bar = tqdm(total=total, initial=start, unit="step", disable=True if rank() else None)
+    sums, waited, logged_at, logged_step = {}, 0.0, time.perf_counter(), start
+    asked_at = time.perf_counter()
+    for step, batch in enumerate(loader, start + 1):
+        waited += time.perf_counter() - asked_at
+        model.train()
+        lr = args.lr * (1 - (step - 1) / total) ** 0.9  # polynomial decay
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed((args.seed << 40) + (step << 12) + rank())  # dropout depends on nothing before this step
+        optimizer.zero_grad()
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        micros = [dict(zip(batch, values)) for values in zip(*(value.split(args.micro_batch) for value in batch.values()))]
+        for i, micro in enumerate(micros):
+            last = i == len(micros) - 1
+            with contextlib.nullcontext() if last or world() == 1 else parallel.no_sync():  # gradients meet once a step
+                with autocast(device, precision):
+                    output = forward(micro["image"], micro["input_ids"], micro["attention_mask"])
+                losses = model.loss(output, micro["mask"])
+                (losses["loss"] / len(micros)).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / len(micros)
+        optimizer.step()
+        bar.update()
+
+        if step % args.log_every == 0 or step == total:
+            now, steps = time.perf_counter(), step - logged_step
+            values = torch.stack(list(sums.values())) / steps
+            if world() > 1:
+                dist.all_reduce(values)
+                values /= world()
+            means = dict(zip(sums, values.tolist()))
+            if not math.isfinite(means["loss"]):
+                raise InputError(f"the loss is {means['loss']} at step {step}; the last good checkpoint is {out / 'last.pt'}")
+            speed = steps * args.batch_size / (now - logged_at)
+            if log:
+                line = {"step": step, "epoch": step / steps_per_epoch, **means, "lr": lr, "images_per_s": speed,
+                        "waited": waited / (now - logged_at)}  # fmt: skip
+                log.write(json.dumps(line) + "\n")
+                bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images=f"{speed:.0f}/s")
+            sums, waited, logged_at, logged_step = {}, 0.0, now, step
+
+        if step % validate_every == 0 or step == total:
+            paused = time.perf_counter()
+            scores = evaluate(model, val, device, precision, workers=args.workers).compute()
+            improved, best = scores["oIoU"] > best, max(best, scores["oIoU"])
+            if log:
+                log.write(json.dumps({"step": step, "split": val_split, **scores}) + "\n")
+                bar.write(f"step {step}: {val_split} mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
+                save(out / "last.pt", checkpoint(step))
+                if improved:
+                    save(out / "best.pt", checkpoint(step))
+            logged_at += time.perf_counter() - paused
+        elif args.checkpoint_every and step % args.checkpoint_every == 0 and log:
+            save(out / "last.pt", checkpoint(step))
+        asked_at = time.perf_counter()
+    bar.close()
+
+    # the best checkpoint's scores on every split but the training one, and a picture of it
+    if world() > 1:
+        place = [str(out)]
+        dist.broadcast_object_list(place)  # rank 0 named the run
+        out = Path(place[0])
+    model, _ = restore(read_checkpoint(out / "best.pt"), device)
+    scores = {}
+    for split in (val_split, *test_splits):
+        dataset = RefDataset(args.dataset, split, args.data)
+        dataset.use(tokenizer, config.max_tokens, config.image_size, training=False)
+        scores[split] = evaluate(model, dataset, device, precision, workers=args.workers).compute()
+        if split == val_split and rank() == 0:
+            picture_sheet(model, dataset, device, out / "pictures.png")
+    if rank() == 0:
+        (out / "metrics.json").write_text(json.dumps(scores, indent=2))
+        print(table(args.dataset, scores))
+        print(f"{out}: best.pt, last.pt, log.jsonl, metrics.json, pictures.png")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return scores
+
+
+if __name__ == "__main__":
+    main()
