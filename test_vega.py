@@ -1,0 +1,599 @@
+"""The claims of the README, one a test. `pytest` runs the quick ones, `pytest -m ""` all."""
+
+import collections
+import filecmp
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import evaluate
+import train
+from model import VEGA, EarlyFusion, VEGAConfig, VisionEncoder
+from selection import VISBlock, pixel_contrastive_loss
+
+HERE = Path(__file__).parent
+SMALL = {  # a few scenes, for the tests that only need some data
+    "train": (16, ("attribute", "place", "relation")),
+    "val": (6, ("attribute", "place", "relation")),
+    "testA": (3, ("attribute", "attribute")),
+    "testB": (5, ("place", "relation")),
+}
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A data folder with a few scenes of shapes."""
+    folder = tmp_path_factory.mktemp("small")
+    data.generate_shapes(folder / "shapes", scenes=SMALL)
+    return folder
+
+
+def run(*command, nproc=1, cwd=HERE, **environment) -> subprocess.CompletedProcess:
+    """Run a script as a person would, one thread a process."""
+    start = [sys.executable] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"]
+    start += [] if nproc == 1 else ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    return subprocess.run(
+        [*start, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def random_batch(config: VEGAConfig, size: int = 2, words: tuple[int, ...] = (7, 4), seed: int = 0):
+    """image, input_ids, attention_mask, with padding after the words."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(size, 3, config.image_size, config.image_size, generator=generator)
+    ids = torch.randint(5, config.bert["vocab_size"], (size, config.max_tokens), generator=generator)
+    mask = torch.tensor([[int(t < words[b % len(words)]) for t in range(config.max_tokens)] for b in range(size)])
+    return image, ids, mask
+
+
+# --- selection.py --------------------------------------------------------------------------------------------
+
+
+def algorithm_1(block: VISBlock, F_v, Q_l, mask_l, ratio):
+    """The pseudocode of Appendix A as it is printed, repeats and all, with the block's own layers."""
+    B, N, D = F_v.shape
+    T = Q_l.shape[1]
+    X = block.proj_v(F_v)
+    X = X / X.norm(dim=-1, keepdim=True)
+    Y = block.proj_l(Q_l)
+    Y = Y / Y.norm(dim=-1, keepdim=True)
+    S = torch.matmul(Y, X.transpose(1, 2))
+    rank_index = torch.topk(S, k=int(N * ratio), dim=-1).indices
+    M = torch.zeros(B, T, N)
+    for b in range(B):
+        for t in range(T):
+            M[b, t, rank_index[b, t]] = 1.0
+    M_hat = M * 1e4 - 1e4
+    S_norm = torch.softmax(S + M_hat, dim=-1)
+    F_v_repeated = F_v.unsqueeze(1).repeat(1, T, 1, 1)
+    E = (M.unsqueeze(-1) * S_norm.unsqueeze(-1) * F_v_repeated).sum(dim=2) / int(N * ratio)
+    Q_v = block.cross_attention(E, F_v, M_hat)
+    Q_v = block.self_attention(Q_v, Q_v, mask_l)
+    return torch.cat([Q_l, Q_v], dim=1), S, M
+
+
+@pytest.mark.parametrize("N, T, ratio", [(64, 21, 0.3), (225, 21, 0.3), (50, 5, 0.1), (17, 1, 0.8), (225, 9, 0.5)])
+def test_vis_block_is_algorithm_1(N, T, ratio):
+    torch.manual_seed(N + T)
+    block = VISBlock(32, num_heads=4, ratio=ratio)
+    inputs = torch.randn(3, N, 32, requires_grad=True), torch.randn(3, T, 32, requires_grad=True)
+    mask_l = torch.ones(3, T)
+    mask_l[0, max(1, T - 3) :] = 0
+    mask_l[1, 1:] = 0  # every word but [CLS] is padding
+    weight = torch.randn(3, 2 * T, 32)
+    results = []
+    for function in (block, lambda *args: algorithm_1(block, *args, ratio)):
+        output = function(*inputs, mask_l)
+        G, S, M = (output.G, output.S, output.M) if function is block else output
+        gradients = torch.autograd.grad((G * weight).sum() + S.square().sum(), [*inputs, *block.parameters()])
+        results.append((M, G, S, *gradients))
+    assert torch.equal(results[0][0], results[1][0])  # selections before values
+    for ours, literal in zip(*results):
+        torch.testing.assert_close(ours, literal, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = block(*inputs, mask_l)
+    assert torch.equal(output.M, results[1][0])
+    torch.testing.assert_close(output.G.float(), results[1][1], rtol=1e-2, atol=1e-2)
+
+
+def test_each_word_selects_its_k_most_similar_pixels():
+    torch.manual_seed(0)
+    selection = VISBlock(16, 2, ratio=0.3)(torch.randn(2, 225, 16), torch.randn(2, 4, 16), torch.ones(2, 4))
+    assert (selection.M.sum(-1) == 67).all()
+    worst_selected = selection.S.masked_fill(selection.M == 0, 2).amin(-1)
+    best_left = selection.S.masked_fill(selection.M == 1, -2).amax(-1)
+    assert (worst_selected >= best_left).all()
+
+
+def test_contrastive_loss_is_equation_5():
+    """Worked pixel by pixel, and the gradient of tau against a finite difference."""
+    torch.manual_seed(0)
+    s, target = torch.rand(2, 4, 4) * 2 - 1, torch.rand(2, 4, 4) < 0.3
+
+    def literal(tau):
+        sigma = lambda x: 1 / (1 + math.exp(-x))
+        terms = [-math.log(sigma(q / tau)) if z else -math.log(1 - sigma(q / tau)) for q, z in zip(s.flatten().tolist(), target.flatten().tolist())]
+        return sum(terms) / len(terms)
+
+    log_tau = torch.tensor(math.log(0.3), requires_grad=True)
+    loss = pixel_contrastive_loss(s, target, log_tau.exp())
+    assert loss.item() == pytest.approx(literal(0.3), rel=1e-5)
+    loss.backward()
+    difference = (literal(math.exp(math.log(0.3) + 1e-4)) - literal(math.exp(math.log(0.3) - 1e-4))) / 2e-4
+    assert log_tau.grad.item() == pytest.approx(difference, rel=1e-4)
+
+
+# --- model.py ------------------------------------------------------------------------------------------------
+
+
+def test_early_fusion_is_lavt_in_plain_loops():
+    torch.manual_seed(0)
+    B, N, C, T, D = 2, 9, 8, 5, 12
+    fusion = EarlyFusion(C, D)
+    x, words, mask = torch.randn(B, N, C), torch.randn(B, T, D), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+
+    def normalise(v):  # [N, C], each channel over the pixels
+        return torch.stack([(v[:, c] - v[:, c].mean()) / (v[:, c].var(unbiased=False) + 1e-5).sqrt() for c in range(C)], 1)
+
+    for b in range(B):
+        real = [t for t in range(T) if mask[b, t]]
+        query = normalise(fusion.query(x[b]))
+        attended = torch.zeros(N, C)
+        for n in range(N):
+            scores = torch.stack([query[n] @ fusion.key(words[b, t]) * C**-0.5 for t in real])
+            for weight, t in zip(scores.softmax(0), real):
+                attended[n] += weight * fusion.value(words[b, t])
+        attended = normalise(fusion.project_attended(attended))
+        fused = F.gelu(fusion.project_fused(F.gelu(fusion.project_vision(x[b])) * attended))
+        first, second = fusion.gate[0].weight, fusion.gate[2].weight
+        onward = x[b] + torch.tanh(torch.relu(fused @ first.T) @ second.T) * fused
+        ours = fusion(x, words, mask)
+        torch.testing.assert_close(ours[0][b], fused, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[1][b], onward, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [16, 12, 10])  # windows of 4 tile the first two; 10 is padded to 12
+def test_shifted_windows_in_plain_loops(side):
+    torch.manual_seed(0)
+    config = VEGAConfig.tiny(image_size=4 * side, embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4)
+    for shift, block in zip((0, 2), VisionEncoder(config).swin.layers[0].blocks):
+        assert block.shift_size == (shift, shift)
+        attention, window = block.attn, 4
+        torch.nn.init.normal_(attention.relative_position_bias_table)
+        x = torch.randn(1, side, side, 8)
+        padded = -(-side // window) * window
+        canvas = torch.zeros(padded, padded, 8)
+        canvas[:side, :side] = x[0]
+        result = torch.zeros(padded, padded, 8)
+        for top in range(0, padded, window):
+            for left in range(0, padded, window):
+                # where each place of the window comes from, and whether the shift wrapped it around the edge
+                cells = [(top + i + shift, left + j + shift) for i in range(window) for j in range(window)]
+                sources = [(y % padded, x_ % padded) for y, x_ in cells]
+                wrapped = [(y >= padded, x_ >= padded) for y, x_ in cells]
+                tokens = torch.stack([canvas[source] for source in sources])
+                qkv = attention.qkv(tokens).reshape(len(cells), 3, 2, 4)
+                heads = []
+                for head in range(2):
+                    query, key, value = qkv[:, 0, head], qkv[:, 1, head], qkv[:, 2, head]
+                    scores = query @ key.T * 4**-0.5
+                    for a in range(len(cells)):
+                        for b in range(len(cells)):
+                            dy, dx = a // window - b // window, a % window - b % window
+                            entry = (dy + window - 1) * (2 * window - 1) + dx + window - 1
+                            scores[a, b] = scores[a, b] + attention.relative_position_bias_table[entry, head]
+                            if wrapped[a] != wrapped[b]:
+                                scores[a, b] = -math.inf
+                    heads.append(scores.softmax(-1) @ value)
+                for source, token in zip(sources, attention.proj(torch.cat(heads, -1))):
+                    result[source] = token
+        torch.testing.assert_close(block._attn(x)[0], result[:side, :side], rtol=1e-5, atol=1e-5)
+
+
+def test_base_is_the_papers_model():
+    torch.manual_seed(0)
+    config = VEGAConfig.base()
+    model = VEGA(config)
+    image, ids, mask = random_batch(config, 1)
+    output = model(image, ids, mask)
+    assert output["logits"].shape == (1, 480, 480)
+    assert output["selection"].S.shape == (1, 21, 225) and (output["selection"].M.sum(-1) == 67).all()
+    assert output["selection"].G.shape == (1, 42, 768)
+    assert {block.window_size for stage in model.vision.swin.layers for block in stage.blocks} == {(12, 12)}
+    assert [fusion.gate is not None for fusion in model.vision.fusions] == [True, True, True, False]
+    model.loss(output, torch.rand(1, 480, 480) < 0.1)["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    stated = re.search(r"base model has ([\d,]+) parameters", (HERE / "README.md").read_text())
+    assert int(stated[1].replace(",", "")) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_every_parameter_learns(stages):
+    """So DDP needs no find_unused_parameters. Also with every word but [CLS] padded, under bf16."""
+    torch.manual_seed(0)
+    config = VEGAConfig.tiny(depths=(1,) * stages, num_heads=(2,) * stages)
+    model = VEGA(config)
+    image, ids, mask = random_batch(config, words=(1, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(image, ids, mask)
+    model.loss(output, torch.rand(2, 128, 128) < 0.1)["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_padding_does_not_matter():
+    torch.manual_seed(0)
+    config = VEGAConfig.tiny()
+    model = VEGA(config).eval()
+    image, ids, mask = random_batch(config, words=(7, 4))
+    with torch.no_grad():
+        logits = model(image, ids, mask)["logits"]
+        other = model(image, torch.where(mask == 1, ids, 63 - ids), mask)["logits"]
+        cut = model(image, ids[:, :7], mask[:, :7])["logits"]
+        words_matter = model(image, torch.where(mask == 1, 68 - ids, ids), mask)["logits"]
+    torch.testing.assert_close(other, logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cut, logits, rtol=0, atol=1e-5)
+    assert (words_matter - logits).abs().max() > 1e-3
+
+
+def test_an_untrained_tiny_model_learns_one_batch(small):
+    torch.manual_seed(0)
+    dataset = data.RefDataset("shapes", "train", small)
+    tokenizer = data.make_tokenizer(dataset.expressions)
+    config = VEGAConfig.tiny()
+    dataset.use(tokenizer, config.max_tokens, config.image_size, training=True)
+    batch = torch.utils.data.default_collate([dataset[(0, i)] for i in range(4)])
+    model = VEGA(config)
+    optimizer = train.make_optimizer(model, 1e-3, 0.01)
+    for _ in range(200):
+        output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
+        metrics = evaluate.Metrics()
+        metrics.update(output["logits"] > 0, batch["mask"])
+        if min(metrics.ious()) > 0.9:
+            return
+        optimizer.zero_grad()
+        model.loss(output, batch["mask"])["loss"].backward()
+        optimizer.step()
+    raise AssertionError(f"IoU after 200 steps: {metrics.ious()}")
+
+
+@pytest.mark.parametrize("overrides", [dict(image_size=62), dict(image_size=16), dict(ratio=0.0), dict(ratio=1.5)])
+def test_impossible_configs_are_refused(overrides):
+    with pytest.raises(ValueError, match="must"):
+        VEGAConfig.tiny(**overrides)
+
+
+# --- data.py -------------------------------------------------------------------------------------------------
+
+
+def random_polygon(rng) -> list[float]:
+    kind = rng.integers(6)
+    points = rng.uniform(-20, 60, (int(rng.integers(3, 12)), 2))  # crosses itself and leaves the image
+    if kind == 1:
+        points = rng.integers(-5, 50, points.shape).astype(float)  # whole and half pixels
+        points += rng.choice([0, 0.5])
+    if kind == 2:
+        points = rng.uniform(10, 11.5, points.shape)  # less than a pixel
+    if kind == 3:
+        points = np.repeat(points, 2, axis=0)  # each point twice
+    if kind == 4:
+        points = np.array([[0, 0], [40, 0], [40, 30], [0, 30]]) + rng.choice([0, 0.1, -0.1], (4, 2))  # the image's edge
+    if kind == 5:
+        points[:, rng.integers(2)] = rng.uniform(0, 30)  # no area
+    return points.ravel().tolist()
+
+
+def test_masks_are_cocos_to_the_pixel():
+    coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed; pip install pycocotools")
+    rng = np.random.default_rng(0)
+    height, width = 30, 40
+    filled = 0
+    for trial in range(1500):
+        polygons = [random_polygon(rng) for _ in range(int(rng.integers(1, 4)))]
+        theirs = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
+        ours = data.rasterize(polygons + [[1.0, 1.0, 30.0, 30.0]], height, width)  # two points cover nothing
+        assert np.array_equal(ours, theirs), polygons
+        filled += theirs.any()
+        rle = coco.encode(np.asfortranarray(theirs.astype(np.uint8)))
+        assert np.array_equal(data.rasterize({"size": [height, width], "counts": rle["counts"].decode()}, height, width), theirs)
+        flat = theirs.T.ravel()
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], flat, [not flat[-1]]]).astype(int)))
+        counts = np.diff(np.concatenate([[0], edges])).tolist()
+        assert np.array_equal(data.rasterize({"size": [height, width], "counts": counts}, height, width), theirs)
+    assert filled > 1000
+
+
+def test_a_wrong_rle_is_refused():
+    for counts in ([3, 4], [5, -1, 8], "04", "P"):
+        with pytest.raises(data.InputError):
+            data.rasterize({"size": [3, 4], "counts": counts}, 3, 4)
+
+
+def test_shapes_are_what_the_design_asks_for(tmp_path):
+    """From the files alone: annotations' attributes and polygons against what the sentences say."""
+    data.RefDataset("shapes", "val", tmp_path)  # writes the dataset, as the first training run does
+    folder = tmp_path / "shapes"
+    instances = json.loads((folder / "instances.json").read_text())
+    refs = pickle.loads((folder / "refs(shapes).p").read_bytes())
+    scenes = collections.defaultdict(list)
+    for annotation in instances["annotations"]:
+        (polygon,) = annotation["segmentation"]
+        x, y = np.array(polygon).reshape(-1, 2).T
+        cross = x * np.roll(y, -1) - np.roll(x, -1) * y
+        area = cross.sum() / 2
+        center = ((x + np.roll(x, -1)) * cross).sum() / (6 * area), ((y + np.roll(y, -1)) * cross).sum() / (6 * area)
+        scenes[annotation["image_id"]].append({**annotation["attributes"], "id": annotation["id"], "center": center, "area": abs(area)})
+
+    attributes = {key: {o[key] for scene in scenes.values() for o in scene} for key in ("shape", "color", "size")}
+    assert len(attributes["shape"]) >= 4 and len(attributes["color"]) >= 6 and attributes["size"] == {"small", "large"}
+    assert {len(scene) for scene in scenes.values()} == {3, 4, 5, 6}
+    areas = {size: [o["area"] for scene in scenes.values() for o in scene if o["size"] == size] for size in ("small", "large")}
+    assert min(areas["large"]) > 1.5 * max(areas["small"])
+
+    def named(scene, phrase):  # objects that fit "large red circle", "red thing", ..
+        words = [word for word in phrase.split() if word not in ("the", "thing")]
+        assert words and all(any(word in values for values in attributes.values()) for word in words), phrase
+        return [o for o in scene if all(word in o.values() for word in words)]
+
+    axes = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "above": (0, -1), "over": (0, -1), "below": (0, 1), "under": (0, 1)}
+    relation = re.compile(r"(.+?) (?:to the )?(left of|right of|above|over|below|under) the (.+)")
+    place = re.compile(r"(?:(left|right|top|bottom) )?(.+?)(?: (?:on|at) the (left|right|top|bottom))?")
+    margin = 10  # pixels of 128
+
+    def along(o, word):
+        return np.dot(o["center"], axes[word])
+
+    kinds = collections.defaultdict(collections.Counter)
+    targets = {ref["ann_id"]: ref for ref in refs}
+    assert len(targets) == len(refs)
+    for ref in refs:
+        scene = scenes[ref["image_id"]]
+        (target,) = [o for o in scene if o["id"] == ref["ann_id"]]
+        for sentence in (s["raw"] for s in ref["sentences"]):
+            if match := relation.fullmatch(sentence):
+                phrase, word, landmark_phrase = match[1], match[2].split()[0], match[3]
+                (landmark,) = named(scene, landmark_phrase)
+                fits = [o for o in named(scene, phrase) if o is not landmark and along(o, word) > along(landmark, word)]
+                assert len(named(scene, phrase)) > 1 and along(target, word) - along(landmark, word) >= margin, sentence
+                kind = "relation"
+            elif (match := place.fullmatch(sentence)) and (match[1] or match[3]):
+                word = match[1] or match[3]
+                ranked = sorted(named(scene, match[2]), key=lambda o: -along(o, word))
+                assert len(ranked) > 1 and along(ranked[0], word) - along(ranked[1], word) >= margin, sentence
+                fits, kind = ranked[:1], "place"
+            else:
+                fits, kind = named(scene, sentence), "attribute"
+            assert fits == [target], sentence  # true of the target and of nothing else
+            kinds[ref["split"]][kind] += 1
+
+    for split in ("train", "val"):
+        assert set(kinds[split].values()) == {sum(kinds[split].values()) // 3}  # equal thirds
+    assert set(kinds["testA"]) == {"attribute"} and set(kinds["testB"]) == {"place", "relation"}
+    image_area = instances["images"][0]["height"] * instances["images"][0]["width"]
+    picked = [(o, scene) for scene in scenes.values() for o in scene if o["id"] in targets]
+    assert np.median([o["area"] for o, _ in picked]) / image_area <= 0.04
+    rivals = [any(p is not o and (p["shape"] == o["shape"] or p["color"] == o["color"]) for p in scene) for o, scene in picked]
+    assert np.mean(rivals) >= 2 / 3
+
+    splits = collections.defaultdict(set)
+    for ref in refs:
+        splits[ref["split"]].add(ref["image_id"])
+    assert sum(map(len, splits.values())) == len(instances["images"])  # no image in two splits
+    content = {tuple((o["shape"], o["color"], o["size"], o["center"]) for o in scene) for scene in scenes.values()}
+    assert len(content) == len(scenes)  # no scene twice
+    pixels = np.asarray(Image.open(folder / "images" / instances["images"][0]["file_name"]).convert("RGB"), dtype=float)
+    assert np.abs(np.diff(pixels[:8, :8], axis=1)).mean() > 3  # noise
+
+
+def test_shapes_are_the_same_to_the_byte(small, tmp_path):
+    data.generate_shapes(tmp_path / "shapes", scenes=SMALL)
+    files = [path.relative_to(small) for path in small.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert filecmp.cmpfiles(small, tmp_path, files, shallow=False) == (files, [], [])
+
+
+def test_training_sentences_depend_on_seed_epoch_and_object_alone(small):
+    dataset = data.RefDataset("shapes", "train", small)
+    dataset.use(data.make_tokenizer(dataset.expressions), 21, 64, training=True, seed=3)
+    drawn = [[dataset[(epoch, i)]["index"] for i in range(len(dataset))] for epoch in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert all(index // 2 == i for i, index in enumerate(drawn[0]))  # two sentences an object
+    sampler = lambda rank, world: list(data.TrainingBatches(len(dataset), 8, 0, 9, 3, rank, world))
+    whole = sampler(0, 1)
+    assert whole == [a + b for a, b in zip(sampler(0, 2), sampler(1, 2))]
+    epoch = [number for batch in whole[: len(dataset) // 8] for _, number in batch]
+    assert len(set(epoch)) == len(epoch) and {e for e, _ in whole[0]} == {0} and {e for e, _ in whole[8]} == {1}
+    assert list(data.TrainingBatches(len(dataset), 8, 5, 9, 3)) == whole[5:]
+
+
+def test_shuffled_expressions_come_from_another_image(small):
+    dataset = data.RefDataset("shapes", "val", small)
+    dataset.use(data.make_tokenizer(dataset.expressions), 21, 64, training=False)
+    before = list(dataset.sentences)
+    image_of = lambda number: dataset.objects[number][0]["id"]
+    owners = collections.defaultdict(set)
+    for number, expression in before:
+        owners[expression].add(image_of(number))
+    dataset.shuffle_expressions()
+    assert sorted(e for _, e in dataset.sentences) == sorted(e for _, e in before)
+    for (number, expression), ids in zip(dataset.sentences, dataset.input_ids):
+        assert owners[expression] != {image_of(number)}
+    encoded, _ = data.tokenize(data.make_tokenizer([e for _, e in before]), dataset.expressions, 21)
+    assert torch.equal(encoded, dataset.input_ids)
+
+
+def test_a_hostile_refs_pickle_is_refused_and_nothing_runs(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    for protocol in (0, 2, 4):
+        (tmp_path / "refs.p").write_bytes(pickle.dumps([{"split": Hostile()}], protocol))
+        with pytest.raises(data.InputError, match="refused"):
+            data.read_refs(tmp_path / "refs.p")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_refs_written_by_python_2(tmp_path):
+    """Protocol-2 opcodes with byte strings, as Python 2 wrote them: UTF-8, and one in Latin-1."""
+
+    def short(value: bytes) -> bytes:
+        return b"U" + bytes([len(value)]) + value
+
+    items = [(b"raw", "caf\u00e9 table".encode()), (b"sent", "caf\u00e9".encode("latin-1")), (b"split", b"val")]
+    pairs = b"".join(short(key) + short(value) for key, value in items)
+    (tmp_path / "refs.p").write_bytes(b"\x80\x02](}(" + pairs + b"ue.")
+    assert data.read_refs(tmp_path / "refs.p") == [{"raw": "caf\u00e9 table", "sent": "caf\u00e9", "split": "val"}]
+
+
+# --- evaluate.py ---------------------------------------------------------------------------------------------
+
+
+def test_metrics_worked_by_hand():
+    prediction, target = torch.zeros(5, 4, 5, dtype=torch.bool), torch.zeros(5, 4, 5, dtype=torch.bool)
+    prediction[0, :2], target[0, :2] = True, True  # 10 of 10: IoU 1
+    prediction[1, 0, :4], target[1, 0] = True, True  # 4 of 5: 0.8
+    prediction[2, 0, :], target[2, :2] = True, True  # 5 of 10: 0.5
+    target[3, 0, 0] = True  # nothing predicted, 0 of 1: 0
+    # nothing predicted and nothing there: the union is empty, 0
+    metrics = evaluate.Metrics()
+    metrics.update(prediction[:2], target[:2])
+    metrics.update(prediction[2:], target[2:])
+    scores = metrics.compute()
+    expected = {"P@0.5": 60, "P@0.6": 40, "P@0.7": 40, "P@0.8": 40, "P@0.9": 20}
+    expected |= {"mIoU": 100 * (1 + 0.8 + 0.5) / 5, "oIoU": 100 * 19 / 26, "samples": 5}
+    assert scores == pytest.approx(expected)
+
+
+@pytest.fixture(scope="session")
+def trained(small, tmp_path_factory) -> Path:
+    """A folder with one short run under runs/, made through the command line, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run(HERE / "train.py", "--data", small, "--max-steps", 4, "--batch-size", 8, "--validate-every", 2, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "printed").write_text(done.stdout)
+    return folder
+
+
+def test_training_leaves_what_the_readme_says(trained):
+    (out,) = (trained / "runs").iterdir()
+    assert {p.name for p in out.iterdir()} == {"best.pt", "last.pt", "log.jsonl", "metrics.json", "pictures.png"}
+    assert set(json.loads((out / "metrics.json").read_text())) == {"val", "testA", "testB"}
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [4] and all("step" in line for line in lines)
+    assert Image.open(out / "pictures.png").width > 500
+
+
+def test_evaluate_prints_the_row_that_training_printed(trained, small):
+    done = run(HERE / "evaluate.py", "--split", "testB", "--data", small, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if " testB " in line]
+    assert row in (trained / "printed").read_text().splitlines()
+
+
+def test_ones_own_picture(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    Image.new("RGB", (90, 61), "red").save(tmp_path / "photo.jpg")
+    done = run(HERE / "evaluate.py", "--image", tmp_path / "photo.jpg", "--expression", "red thing", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    written = Path(re.search(r"the overlay is (\S+)", done.stdout)[1])
+    assert Image.open(written).size == (90, 61)
+    segment = evaluate.load(evaluate.newest_run("best.pt"))
+    mask = segment(tmp_path / "photo.jpg", "red thing")
+    assert mask.shape == (61, 90) and mask.dtype == bool
+
+
+def test_one_seed_gives_one_training(trained, small, tmp_path):
+    command = ["--data", small, "--max-steps", 3, "--batch-size", 4, "--log-every", 1, "--out"]
+    logs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        done = run(HERE / "train.py", *command, tmp_path / name, "--seed", seed)
+        assert done.returncode == 0, done.stderr
+        logs.append([{k: v for k, v in json.loads(line).items() if k not in ("images_per_s", "waited")} for line in open(tmp_path / name / "log.jsonl")])
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_missing_data_is_told_in_a_few_lines(tmp_path):
+    done = run(HERE / "train.py", "--dataset", "refcoco", cwd=tmp_path)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "instances.json is missing" in done.stderr and "README" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_goes_on_as_if_nothing_had_happened(small, tmp_path, monkeypatch):
+    command = ["--data", str(small), "--max-steps", "4", "--batch-size", "4", "--log-every", "1", "--dropout", "0.1", "--drop-path", "0.1"]
+    train.main([*command, "--out", str(tmp_path / "whole")])
+    real = train.save
+
+    def save_then_stop(path, checkpoint):
+        real(path, checkpoint)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*command, "--out", str(tmp_path / "cut"), "--checkpoint-every", "2"])
+    monkeypatch.setattr(train, "save", real)
+    train.main(["--resume", "--out", str(tmp_path / "cut"), "--data", str(small)])
+    whole, cut = (evaluate.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    for name, value in whole["model"].items():
+        assert torch.equal(value, cut["model"][name]), name
+
+
+def test_an_occupied_folder_is_not_overwritten(trained, small):
+    (out,) = (trained / "runs").iterdir()
+    before = (out / "best.pt").read_bytes()
+    done = run(HERE / "train.py", "--data", small, "--max-steps", 1, "--out", out)
+    assert done.returncode != 0 and "--overwrite" in done.stderr and "Traceback" not in done.stderr
+    assert (out / "best.pt").read_bytes() == before
+
+
+# --- several processes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(small, tmp_path):
+    """After one step AdamW's first moment is a tenth of the gradient."""
+    command = ["--data", small, "--batch-size", 8, "--dropout", 0, "--drop-path", 0, "--epochs", 1, "--max-steps", 1]
+    gradients = []
+    for name, nproc, extra in (("one", 1, ()), ("two", 2, ()), ("micro", 1, ("--micro-batch", 2)), ("both", 2, ("--micro-batch", 1))):
+        done = run(HERE / "train.py", *command, "--out", tmp_path / name, *extra, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        state = evaluate.read_checkpoint(tmp_path / name / "last.pt")["optimizer"]["state"]
+        gradients.append(torch.cat([10 * state[i]["exp_avg"].flatten() for i in sorted(state)]).double())
+    assert gradients[0].norm() > 0.1
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-5
+
+
+@pytest.mark.slow
+def test_evaluation_counts_the_same_in_any_number_of_processes(trained, small, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "shapes").mkdir()
+    for file in ("images", "instances.json"):
+        (folder / "shapes" / file).symlink_to(small / "shapes" / file)
+    refs = [ref for ref in data.read_refs(small / "shapes" / "refs(shapes).p") if ref["split"] == "val"]
+    refs[0]["sentences"].pop()  # 35 sentences: neither 2 nor 3 divide them
+    (folder / "shapes" / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
+    results = []
+    for nproc in (1, 2, 3):
+        scores, samples = tmp_path / f"{nproc}.json", tmp_path / f"{nproc}.jsonl"
+        done = run(HERE / "evaluate.py", "--data", folder, "--batch-size", 4, "--json", scores, "--per-sample", samples, nproc=nproc, cwd=trained)
+        assert done.returncode == 0, done.stderr
+        results.append((json.loads(scores.read_text()), samples.read_text()))
+    assert results[0][0]["val"]["samples"] == 35
+    assert results[0] == results[1] == results[2]
