@@ -1,9 +1,9 @@
 """Data in the REFER format: refs pickle + instances.json + images, for RefCOCO's family and the generated shapes.
 
-    data/refcoco/{instances.json, refs(unc).p}      data/refcoco+/{instances.json, refs(unc).p}
-    data/refcocog/{instances.json, refs(umd).p, refs(google).p}
-    data/images/train2014/COCO_train2014_*.jpg      (or images/mscoco/images/train2014, as REFER keeps them)
-    data/shapes/{instances.json, refs(shapes).p, images/}      written here the first time it is needed
+data/refcoco/{instances.json, refs(unc).p}      data/refcoco+/{instances.json, refs(unc).p}
+data/refcocog/{instances.json, refs(umd).p, refs(google).p}
+data/images/train2014/COCO_train2014_*.jpg      (or images/mscoco/images/train2014, as REFER keeps them)
+data/shapes/{instances.json, refs(shapes).p, images/}      written here the first time it is needed
 """
 
 import functools
@@ -210,9 +210,7 @@ def make_tokenizer(expressions: list[str]) -> BertTokenizer:
 
 def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Expressions -> input_ids and attention_mask, int64 [len(expressions), max_tokens]; cut, [SEP] kept, and padded."""
-    encoded = tokenizer(
-        expressions, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt"
-    )
+    encoded = tokenizer(expressions, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
     return encoded["input_ids"], encoded["attention_mask"]
 
 
@@ -303,7 +301,12 @@ class RefDataset(torch.utils.data.Dataset):
         """{"ref_id", "sent_id", "image_id", "expression"} of sentence `index`, for logs."""
         number, expression = self.sentences[index]
         image_id = self.objects[number][0]["id"]
-        return {"ref_id": self.ref_ids[number], "sent_id": self.sent_ids[index], "image_id": image_id, "expression": expression}
+        return {
+            "ref_id": self.ref_ids[number],
+            "sent_id": self.sent_ids[index],
+            "image_id": image_id,
+            "expression": expression,
+        }
 
     def image(self, index: int) -> Image.Image:
         """The image of sentence `index`, RGB at its own size."""
@@ -441,7 +444,9 @@ def describe(objects: list[dict], target: dict, kind: str) -> list[list[str]]:
         return [o for o in objects if phrase.items() <= o["attributes"].items()]
 
     def words(phrase):
-        return " ".join(word for word in (phrase.get("size"), phrase.get("color"), phrase.get("shape", "thing")) if word)
+        return " ".join(
+            word for word in (phrase.get("size"), phrase.get("color"), phrase.get("shape", "thing")) if word
+        )
 
     def ahead(item, other, direction):  # pixels by which item lies further in a direction
         return float(np.dot(item["center"] - other["center"], DIRECTIONS[direction]))

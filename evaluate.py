@@ -227,9 +227,9 @@ GREEN, RED = (40, 220, 90), (255, 60, 60)
 
 
 def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int]) -> Image.Image:
-    """The image, dimmed, with the mask [height, width] at full brightness and outlined in the colour."""
+    """The image, dimmed outside the mask [height, width], which is outlined in the colour."""
     pixels = np.asarray(image, dtype=np.float32)
-    shown = np.where(mask[..., None], 0.75 * pixels + 0.25 * np.array(color), 0.45 * pixels)
+    shown = np.where(mask[..., None], pixels, 0.4 * pixels)
     padded = np.pad(mask, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     shown[mask & ~inner] = color
@@ -256,7 +256,10 @@ def picture_sheet(model: VEGA, dataset: RefDataset, device: torch.device, path: 
         metrics = Metrics()
         metrics.update(prediction, item["mask"])
         image = dataset.image(index).resize((side, side), Image.Resampling.BILINEAR)
-        masks = [np.array(Image.fromarray(mask.numpy()).resize((side, side), 0)) for mask in (item["mask"], prediction, selected)]
+        masks = [
+            np.array(Image.fromarray(mask.numpy()).resize((side, side), 0))
+            for mask in (item["mask"], prediction, selected)
+        ]
         tiles = [image, *(overlay(image, mask, color) for mask, color in zip(masks, (GREEN, RED, (255, 255, 255))))]
         top = line + row * (side + line)
         for column, tile in enumerate(tiles):
@@ -270,28 +273,34 @@ def picture_sheet(model: VEGA, dataset: RefDataset, device: torch.device, path: 
 
 
 def common_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the model's input")
-    parser.add_argument("--workers", type=int, help="processes that load images (default: 0 for shapes, else 4)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on cards that have it, else fp32")
-    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    flag = parser.add_argument
+    # fmt: off
+    flag("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
+    flag("--image-size", type=int, metavar="PIXELS", help="side of the model's input")
+    flag("--workers", type=int, help="processes that load images (default: 0 for shapes, else 4)")
+    flag("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    flag("--precision", choices=("fp32", "bf16"), help="default: bf16 on cards that have it, else fp32")
+    flag("--compile", action="store_true", help="compile the model with torch.compile")
+    # fmt: on
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="FILE", help="default: best.pt of the newest run under runs/")
-    parser.add_argument("--dataset", choices=DATASETS, help="default: the one that the checkpoint was trained on")
-    parser.add_argument("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"images per forward pass (default: {BATCH_SIZE})")
-    parser.add_argument("--resolution", choices=("input", "original"), default="input",
-                        help="compare masks at the model's input size (the paper's protocol) or at the image's own")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="also write the scores there: split -> scores in per cent")
-    parser.add_argument("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU")
-    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="write a sheet of N samples of each split beside the checkpoint")
-    parser.add_argument("--shuffle-expressions", action="store_true", help="give each sample the expression of one from another image")
-    parser.add_argument("--image", metavar="FILE", help="segment this photograph instead of a dataset")
-    parser.add_argument("--expression", metavar="TEXT", help="what to segment in --image")
+    flag = parser.add_argument
+    # fmt: off
+    flag("--checkpoint", metavar="FILE", help="default: best.pt of the newest run under runs/")
+    flag("--dataset", choices=DATASETS, help="default: the one that the checkpoint was trained on")
+    flag("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
+    flag("--batch-size", type=int, default=BATCH_SIZE, help=f"images per forward pass (default: {BATCH_SIZE})")
+    flag("--resolution", choices=("input", "original"), default="input",
+         help="compare masks at the model's input size (the paper's protocol) or at the image's own")
+    flag("--json", metavar="FILE", help="also write the scores there: split -> scores in per cent")
+    flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU")
+    flag("--pictures", type=int, default=0, metavar="N", help="write N samples of each split beside the checkpoint")
+    flag("--shuffle-expressions", action="store_true", help="give each sample the expression of another image")
+    flag("--image", metavar="FILE", help="segment this photograph instead of a dataset")
+    flag("--expression", metavar="TEXT", help="what to segment in --image")
+    # fmt: on
     common_flags(parser)
     args = parser.parse_args(argv)
     if (args.image is None) != (args.expression is None):
@@ -337,10 +346,14 @@ def main(argv: list[str] | None = None) -> dict | None:
         if args.pictures and rank() == 0:
             path = checkpoint_file.with_name(f"pictures-{split}.png")
             picture_sheet(model, dataset, device, path, args.pictures)
-            print(f"pictures: {path}")
     if rank() == 0:
-        print(f"{checkpoint_file}, step {checkpoint['step']}" + (", expressions shuffled" if args.shuffle_expressions else ""))
+        print(
+            f"{checkpoint_file}, step {checkpoint['step']}"
+            + (", expressions shuffled" if args.shuffle_expressions else "")
+        )
         print(table(name, scores))
+        if args.pictures:
+            print(f"pictures: {checkpoint_file.with_name('pictures-*.png')}")
         if args.json:
             Path(args.json).write_text(json.dumps(scores, indent=2))
         if args.per_sample:

@@ -42,7 +42,9 @@ def small(tmp_path_factory) -> Path:
 
 def run(*command, nproc=1, cwd=HERE, **environment) -> subprocess.CompletedProcess:
     """Run a script as a person would, one thread a process."""
-    start = [sys.executable] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"]
+    start = (
+        [sys.executable] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}"]
+    )
     start += [] if nproc == 1 else ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     return subprocess.run(
         [*start, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=600,
@@ -125,7 +127,10 @@ def test_contrastive_loss_is_equation_5():
 
     def literal(tau):
         sigma = lambda x: 1 / (1 + math.exp(-x))
-        terms = [-math.log(sigma(q / tau)) if z else -math.log(1 - sigma(q / tau)) for q, z in zip(s.flatten().tolist(), target.flatten().tolist())]
+        terms = [
+            -math.log(sigma(q / tau)) if z else -math.log(1 - sigma(q / tau))
+            for q, z in zip(s.flatten().tolist(), target.flatten().tolist())
+        ]
         return sum(terms) / len(terms)
 
     log_tau = torch.tensor(math.log(0.3), requires_grad=True)
@@ -146,7 +151,9 @@ def test_early_fusion_is_lavt_in_plain_loops():
     x, words, mask = torch.randn(B, N, C), torch.randn(B, T, D), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
 
     def normalise(v):  # [N, C], each channel over the pixels
-        return torch.stack([(v[:, c] - v[:, c].mean()) / (v[:, c].var(unbiased=False) + 1e-5).sqrt() for c in range(C)], 1)
+        return torch.stack(
+            [(v[:, c] - v[:, c].mean()) / (v[:, c].var(unbiased=False) + 1e-5).sqrt() for c in range(C)], 1
+        )
 
     for b in range(B):
         real = [t for t in range(T) if mask[b, t]]
@@ -309,7 +316,9 @@ def test_masks_are_cocos_to_the_pixel():
         assert np.array_equal(ours, theirs), polygons
         filled += theirs.any()
         rle = coco.encode(np.asfortranarray(theirs.astype(np.uint8)))
-        assert np.array_equal(data.rasterize({"size": [height, width], "counts": rle["counts"].decode()}, height, width), theirs)
+        assert np.array_equal(
+            data.rasterize({"size": [height, width], "counts": rle["counts"].decode()}, height, width), theirs
+        )
         flat = theirs.T.ravel()
         edges = np.flatnonzero(np.diff(np.concatenate([[False], flat, [not flat[-1]]]).astype(int)))
         counts = np.diff(np.concatenate([[0], edges])).tolist()
@@ -336,12 +345,17 @@ def test_shapes_are_what_the_design_asks_for(tmp_path):
         cross = x * np.roll(y, -1) - np.roll(x, -1) * y
         area = cross.sum() / 2
         center = ((x + np.roll(x, -1)) * cross).sum() / (6 * area), ((y + np.roll(y, -1)) * cross).sum() / (6 * area)
-        scenes[annotation["image_id"]].append({**annotation["attributes"], "id": annotation["id"], "center": center, "area": abs(area)})
+        scenes[annotation["image_id"]].append(
+            {**annotation["attributes"], "id": annotation["id"], "center": center, "area": abs(area)}
+        )
 
     attributes = {key: {o[key] for scene in scenes.values() for o in scene} for key in ("shape", "color", "size")}
     assert len(attributes["shape"]) >= 4 and len(attributes["color"]) >= 6 and attributes["size"] == {"small", "large"}
     assert {len(scene) for scene in scenes.values()} == {3, 4, 5, 6}
-    areas = {size: [o["area"] for scene in scenes.values() for o in scene if o["size"] == size] for size in ("small", "large")}
+    areas = {
+        size: [o["area"] for scene in scenes.values() for o in scene if o["size"] == size]
+        for size in ("small", "large")
+    }
     assert min(areas["large"]) > 1.5 * max(areas["small"])
 
     def named(scene, phrase):  # objects that fit "large red circle", "red thing", ..
@@ -349,7 +363,16 @@ def test_shapes_are_what_the_design_asks_for(tmp_path):
         assert words and all(any(word in values for values in attributes.values()) for word in words), phrase
         return [o for o in scene if all(word in o.values() for word in words)]
 
-    axes = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "above": (0, -1), "over": (0, -1), "below": (0, 1), "under": (0, 1)}
+    axes = {
+        "left": (-1, 0),
+        "right": (1, 0),
+        "top": (0, -1),
+        "bottom": (0, 1),
+        "above": (0, -1),
+        "over": (0, -1),
+        "below": (0, 1),
+        "under": (0, 1),
+    }
     relation = re.compile(r"(.+?) (?:to the )?(left of|right of|above|over|below|under) the (.+)")
     place = re.compile(r"(?:(left|right|top|bottom) )?(.+?)(?: (?:on|at) the (left|right|top|bottom))?")
     margin = 10  # pixels of 128
@@ -386,7 +409,9 @@ def test_shapes_are_what_the_design_asks_for(tmp_path):
     image_area = instances["images"][0]["height"] * instances["images"][0]["width"]
     picked = [(o, scene) for scene in scenes.values() for o in scene if o["id"] in targets]
     assert np.median([o["area"] for o, _ in picked]) / image_area <= 0.04
-    rivals = [any(p is not o and (p["shape"] == o["shape"] or p["color"] == o["color"]) for p in scene) for o, scene in picked]
+    rivals = [
+        any(p is not o and (p["shape"] == o["shape"] or p["color"] == o["color"]) for p in scene) for o, scene in picked
+    ]
     assert np.mean(rivals) >= 2 / 3
 
     splits = collections.defaultdict(set)
@@ -483,7 +508,9 @@ def test_metrics_worked_by_hand():
 def trained(small, tmp_path_factory) -> Path:
     """A folder with one short run under runs/, made through the command line, and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
-    done = run(HERE / "train.py", "--data", small, "--max-steps", 4, "--batch-size", 8, "--validate-every", 2, cwd=folder)
+    done = run(
+        HERE / "train.py", "--data", small, "--max-steps", 4, "--batch-size", 8, "--validate-every", 2, cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout)
     return folder
@@ -491,11 +518,17 @@ def trained(small, tmp_path_factory) -> Path:
 
 def test_training_leaves_what_the_readme_says(trained):
     (out,) = (trained / "runs").iterdir()
-    assert {p.name for p in out.iterdir()} == {"best.pt", "last.pt", "log.jsonl", "metrics.json", "pictures.png"}
+    assert {p.name for p in out.iterdir()} == {
+        "best.pt",
+        "last.pt",
+        "log.jsonl",
+        "metrics.json",
+        *(f"pictures-{split}.png" for split in ("val", "testA", "testB")),
+    }
     assert set(json.loads((out / "metrics.json").read_text())) == {"val", "testA", "testB"}
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [4] and all("step" in line for line in lines)
-    assert Image.open(out / "pictures.png").width > 500
+    assert Image.open(out / "pictures-val.png").width > 500
 
 
 def test_evaluate_prints_the_row_that_training_printed(trained, small):
@@ -523,7 +556,12 @@ def test_one_seed_gives_one_training(trained, small, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         done = run(HERE / "train.py", *command, tmp_path / name, "--seed", seed)
         assert done.returncode == 0, done.stderr
-        logs.append([{k: v for k, v in json.loads(line).items() if k not in ("images_per_s", "waited")} for line in open(tmp_path / name / "log.jsonl")])
+        logs.append(
+            [
+                {k: v for k, v in json.loads(line).items() if k not in ("images_per_s", "waited")}
+                for line in open(tmp_path / name / "log.jsonl")
+            ]
+        )
     assert logs[0] == logs[1] != logs[2]
 
 
@@ -535,7 +573,20 @@ def test_missing_data_is_told_in_a_few_lines(tmp_path):
 
 
 def test_resume_goes_on_as_if_nothing_had_happened(small, tmp_path, monkeypatch):
-    command = ["--data", str(small), "--max-steps", "4", "--batch-size", "4", "--log-every", "1", "--dropout", "0.1", "--drop-path", "0.1"]
+    command = [
+        "--data",
+        str(small),
+        "--max-steps",
+        "4",
+        "--batch-size",
+        "4",
+        "--log-every",
+        "1",
+        "--dropout",
+        "0.1",
+        "--drop-path",
+        "0.1",
+    ]
     train.main([*command, "--out", str(tmp_path / "whole")])
     real = train.save
 
@@ -569,7 +620,12 @@ def test_two_processes_give_the_gradients_of_one(small, tmp_path):
     """After one step AdamW's first moment is a tenth of the gradient."""
     command = ["--data", small, "--batch-size", 8, "--dropout", 0, "--drop-path", 0, "--epochs", 1, "--max-steps", 1]
     gradients = []
-    for name, nproc, extra in (("one", 1, ()), ("two", 2, ()), ("micro", 1, ("--micro-batch", 2)), ("both", 2, ("--micro-batch", 1))):
+    for name, nproc, extra in (
+        ("one", 1, ()),
+        ("two", 2, ()),
+        ("micro", 1, ("--micro-batch", 2)),
+        ("both", 2, ("--micro-batch", 1)),
+    ):
         done = run(HERE / "train.py", *command, "--out", tmp_path / name, *extra, nproc=nproc)
         assert done.returncode == 0, done.stderr
         state = evaluate.read_checkpoint(tmp_path / name / "last.pt")["optimizer"]["state"]
@@ -592,7 +648,19 @@ def test_evaluation_counts_the_same_in_any_number_of_processes(trained, small, t
     results = []
     for nproc in (1, 2, 3):
         scores, samples = tmp_path / f"{nproc}.json", tmp_path / f"{nproc}.jsonl"
-        done = run(HERE / "evaluate.py", "--data", folder, "--batch-size", 4, "--json", scores, "--per-sample", samples, nproc=nproc, cwd=trained)
+        done = run(
+            HERE / "evaluate.py",
+            "--data",
+            folder,
+            "--batch-size",
+            4,
+            "--json",
+            scores,
+            "--per-sample",
+            samples,
+            nproc=nproc,
+            cwd=trained,
+        )
         assert done.returncode == 0, done.stderr
         results.append((json.loads(scores.read_text()), samples.read_text()))
     assert results[0][0]["val"]["samples"] == 35

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 train.py --dataset refcoco     the paper's settings
     python train.py --resume                                   go on with the newest run
 
-A run leaves best.pt, last.pt, log.jsonl, metrics.json and pictures.png under runs/NAME/.
+A run leaves best.pt, last.pt, log.jsonl, metrics.json and pictures-SPLIT.png under runs/NAME/.
 """
 
 import argparse
@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoTokenizer, BertModel, BertTokenizer
 
 import timm
 from data import DATASETS, InputError, RefDataset, TrainingBatches, command_line, make_tokenizer
 from evaluate import (
-    FORMAT, autocast, common_flags, evaluate, newest_run, picture_sheet, rank, read_checkpoint, resolve_precision,
-    restore, start_processes, table, world,
+    FORMAT, autocast, common_flags, evaluate, newest_run, rank, read_checkpoint, resolve_precision, restore, start_processes, world,
 )  # fmt: skip
+from evaluate import main as evaluate_main
 from model import VEGA, VEGAConfig
 
 # what each model is trained with unless a flag says otherwise; base: Sec. 4.1
@@ -37,32 +37,35 @@ RECIPES = {
     "base": dict(epochs=40, batch_size=16, lr=3e-5, weight_decay=0.01, validate_every=None, log_every=50, workers=4),
 }
 PRETRAINED_SWIN, PRETRAINED_BERT = "swin_base_patch4_window12_384.ms_in22k", "google-bert/bert-base-uncased"
-MODEL_FLAGS = ("image_size", "ratio", "variant", "drop_path", "dropout", "dice", "coordinates")  # fields of VEGAConfig
+MODEL_FLAGS = ("image_size", "ratio", "drop_path", "dropout", "dice", "coordinates")  # fields of VEGAConfig
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=DATASETS, help="default: shapes, generated here")
-    parser.add_argument("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
-    parser.add_argument("--batch-size", type=int, help="images per step, over all processes (default: 16)")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="images per forward pass of a process; the rest of its share accumulates")
-    parser.add_argument("--epochs", type=int, help="default: 40 for base, 2 for tiny")
-    parser.add_argument("--max-steps", type=int, metavar="STEPS", help="stop after so many steps; the learning rate decays to zero over them")
-    parser.add_argument("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 7e-4 for tiny)")
-    parser.add_argument("--weight-decay", type=float, help="default: 0.01; none on norms, biases and relative position tables")
-    parser.add_argument("--dropout", type=float, help="in BERT and the attention layers that VEGA adds")
-    parser.add_argument("--drop-path", type=float, help="stochastic depth of the last Swin block")
-    parser.add_argument("--dice", type=float, metavar="WEIGHT", help="weight of a Dice term in the loss (the paper: 0)")
-    parser.add_argument("--coordinates", action=argparse.BooleanOptionalAction, help="add pixel coordinates to the patch embedding (the paper: no)")
-    parser.add_argument("--ratio", type=float, help="of the pixels that each word selects (default: 0.3; Table 6)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-pretrained", action="store_true", help="start base at random instead of from ImageNet-22K and BERT's weights")
-    parser.add_argument("--out", metavar="DIR", help="default: runs/DATASET-TIME")
-    parser.add_argument("--overwrite", action="store_true", help="let --out replace the run that is there")
-    parser.add_argument("--resume", action="store_true", help="go on from last.pt of --out, or of the newest run")
-    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="write last.pt also between validations")
-    parser.add_argument("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
-    parser.add_argument("--validate-every", type=int, metavar="STEPS", help="default: every epoch; 500 for tiny")
+    flag = parser.add_argument
+    # fmt: off
+    flag("--dataset", choices=DATASETS, help="default: shapes, generated here")
+    flag("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
+    flag("--batch-size", type=int, help="images per step, over all processes (default: 16)")
+    flag("--micro-batch", type=int, metavar="N", help="images per forward pass of a process; its share accumulates")
+    flag("--epochs", type=int, help="default: 40 for base, @E@ for tiny")
+    flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays to zero over them")
+    flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, @LR@ for tiny)")
+    flag("--weight-decay", type=float, help="default: 0.01; none on norms, biases and relative position tables")
+    flag("--dropout", type=float, help="in BERT and the attention layers that VEGA adds (base: 0.1, tiny: 0)")
+    flag("--drop-path", type=float, help="stochastic depth of the last Swin block (base: 0.3, tiny: 0)")
+    flag("--dice", type=float, metavar="WEIGHT", help="weight of a Dice term in the loss (base: 0, tiny: 1)")
+    flag("--coordinates", action=argparse.BooleanOptionalAction, help="add pixel coordinates to the patch embedding")
+    flag("--ratio", type=float, help="of the pixels that each word selects (default: 0.3; Table 6)")
+    flag("--seed", type=int, help="of the starting weights, the samples' order and choice, and dropout (default: 0)")
+    flag("--no-pretrained", action="store_true", help="start base at random, not from ImageNet-22K's and BERT's weights")
+    flag("--out", metavar="DIR", help="default: runs/DATASET-TIME")
+    flag("--overwrite", action="store_true", help="let --out replace the run that is there")
+    flag("--resume", action="store_true", help="go on from last.pt of --out, or of the newest run")
+    flag("--checkpoint-every", type=int, metavar="STEPS", help="write last.pt also between validations")
+    flag("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
+    flag("--validate-every", type=int, metavar="STEPS", help="default: every epoch; 500 for tiny")
+    # fmt: on
     common_flags(parser)
     args = parser.parse_args(argv)
     for name in ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every"):
@@ -76,6 +79,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     args.dataset = args.dataset or "shapes"
     args.model = args.model or ("tiny" if args.dataset == "shapes" else "base")
     args.pretrained = args.model == "base" and not args.no_pretrained
+    args.seed = args.seed or 0
     for name, value in RECIPES[args.model].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -83,8 +87,22 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"a batch of {args.batch_size} does not divide among {world()} processes")
     args.micro_batch = min(args.micro_batch or args.batch_size, args.batch_size // world())
     if args.batch_size // world() % args.micro_batch:
-        raise InputError(f"each process's share of {args.batch_size // world()} images is not a multiple of --micro-batch {args.micro_batch}")
+        raise InputError(
+            f"each process's share of {args.batch_size // world()} images is not a multiple of --micro-batch {args.micro_batch}"
+        )
     return args
+
+
+def take_settings(args: argparse.Namespace, saved: dict) -> argparse.Namespace:
+    """The settings of the run to go on with; a flag that says otherwise is an error. The machine's own flags may differ."""
+    machine = ("device", "data", "workers", "out", "resume", "overwrite")
+    for name, value in vars(args).items():
+        if name not in machine and value not in (None, False) and value != saved[name]:
+            raise InputError(
+                f"this run has --{name.replace('_', '-')} {saved[name]}, not {value}: leave the flag out to go on with it"
+            )
+    ours = {name: getattr(args, name) for name in machine if getattr(args, name) is not None}
+    return argparse.Namespace(**{**saved, **ours})
 
 
 @contextlib.contextmanager
@@ -127,7 +145,9 @@ def make_optimizer(model: VEGA, lr: float, weight_decay: float) -> torch.optim.A
     decays, stays = [], []
     for name, parameter in model.named_parameters():
         (stays if parameter.dim() < 2 or name.endswith("relative_position_bias_table") else decays).append(parameter)
-    return torch.optim.AdamW([{"params": decays}, {"params": stays, "weight_decay": 0.0}], lr, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(
+        [{"params": decays}, {"params": stays, "weight_decay": 0.0}], lr, weight_decay=weight_decay, fused=True
+    )
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -150,12 +170,16 @@ def main(argv: list[str] | None = None) -> dict:
     if args.resume:
         out = Path(args.out) if args.out else newest_run("last.pt").parent
         resumed = read_checkpoint(out / "last.pt")
-        args = argparse.Namespace(**{**resumed["args"], "device": args.device, "data": args.data})
+        args = take_settings(args, resumed["args"])
     else:
         args = settle(args)
-        out = Path(args.out or f"runs/{args.dataset.replace('+', 'plus')}-{time.strftime('%Y%m%d-%H%M%S')}")
+        out = Path(args.out or f"runs/{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
         if any((out / file).exists() for file in ("last.pt", "best.pt", "log.jsonl")) and not args.overwrite:
             raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or --overwrite it")
+    if world() > 1:
+        name = [out]
+        dist.broadcast_object_list(name)  # the clock of rank 0 names the run
+        (out,) = name
     precision = resolve_precision(args.precision, device)
 
     # data and model
@@ -169,7 +193,9 @@ def main(argv: list[str] | None = None) -> dict:
         dataset.use(tokenizer, config.max_tokens, config.image_size, training=dataset is train, seed=args.seed)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     if len(train) < args.batch_size:
-        raise InputError(f"{args.dataset} {train_split} has {len(train)} objects, fewer than a batch of {args.batch_size}")
+        raise InputError(
+            f"{args.dataset} {train_split} has {len(train)} objects, fewer than a batch of {args.batch_size}"
+        )
     steps_per_epoch = len(train) // args.batch_size
     total = args.max_steps or args.epochs * steps_per_epoch
     validate_every = args.validate_every or steps_per_epoch
@@ -192,12 +218,10 @@ def main(argv: list[str] | None = None) -> dict:
               f"{args.batch_size} on {world()} x {device.type}, {precision}; run: {out}")  # fmt: skip
 
     def checkpoint(step: int) -> dict:
-        special = ("do_lower_case", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
         return {
             "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": args.precision,
-            "config": dataclasses.asdict(config), "args": vars(args), "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "tokenizer": {"vocab": tokenizer.get_vocab(), **{name: getattr(tokenizer, name) for name in special}},
+            "config": dataclasses.asdict(config), "args": vars(args), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "tokenizer": {"vocab": tokenizer.get_vocab(), "do_lower_case": tokenizer.do_lower_case},
         }  # fmt: skip
 
     # training
@@ -213,7 +237,9 @@ def main(argv: list[str] | None = None) -> dict:
         torch.manual_seed((args.seed << 40) + (step << 12) + rank())  # dropout depends on nothing before this step
         optimizer.zero_grad()
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        micros = [dict(zip(batch, values)) for values in zip(*(value.split(args.micro_batch) for value in batch.values()))]
+        micros = [
+            dict(zip(batch, values)) for values in zip(*(value.split(args.micro_batch) for value in batch.values()))
+        ]
         for i, micro in enumerate(micros):
             last = i == len(micros) - 1
             with contextlib.nullcontext() if last or world() == 1 else parallel.no_sync():  # gradients meet once a step
@@ -234,7 +260,9 @@ def main(argv: list[str] | None = None) -> dict:
                 values /= world()
             means = dict(zip(sums, values.tolist()))
             if not math.isfinite(means["loss"]):
-                raise InputError(f"the loss is {means['loss']} at step {step}; the last good checkpoint is {out / 'last.pt'}")
+                raise InputError(
+                    f"the loss is {means['loss']} at step {step}; the last good checkpoint is {out / 'last.pt'}"
+                )
             speed = steps * args.batch_size / (now - logged_at)
             if log:
                 line = {"step": step, "epoch": step / steps_per_epoch, **means, "lr": lr, "images_per_s": speed,
@@ -250,32 +278,23 @@ def main(argv: list[str] | None = None) -> dict:
             if log:
                 log.write(json.dumps({"step": step, "split": val_split, **scores}) + "\n")
                 bar.write(f"step {step}: {val_split} mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
-                save(out / "last.pt", checkpoint(step))
                 if improved:
                     save(out / "best.pt", checkpoint(step))
+                save(out / "last.pt", checkpoint(step))
             logged_at += time.perf_counter() - paused
         elif args.checkpoint_every and step % args.checkpoint_every == 0 and log:
             save(out / "last.pt", checkpoint(step))
         asked_at = time.perf_counter()
     bar.close()
 
-    # the best checkpoint's scores on every split but the training one, and a picture of it
-    if world() > 1:
-        place = [str(out)]
-        dist.broadcast_object_list(place)  # rank 0 named the run
-        out = Path(place[0])
-    model, _ = restore(read_checkpoint(out / "best.pt"), device)
-    scores = {}
-    for split in (val_split, *test_splits):
-        dataset = RefDataset(args.dataset, split, args.data)
-        dataset.use(tokenizer, config.max_tokens, config.image_size, training=False)
-        scores[split] = evaluate(model, dataset, device, precision, workers=args.workers).compute()
-        if split == val_split and rank() == 0:
-            picture_sheet(model, dataset, device, out / "pictures.png")
-    if rank() == 0:
-        (out / "metrics.json").write_text(json.dumps(scores, indent=2))
-        print(table(args.dataset, scores))
-        print(f"{out}: best.pt, last.pt, log.jsonl, metrics.json, pictures.png")
+    # the best checkpoint's scores on every split but the training one, and pictures of them
+    if log:
+        log.close()
+    scores = evaluate_main([
+        "--checkpoint", str(out / "best.pt"), "--split", val_split, *test_splits, "--json", str(out / "metrics.json"),
+        "--pictures", "8", "--data", args.data, "--device", str(device), "--precision", precision,
+        "--workers", str(args.workers),
+    ])  # fmt: skip
     if dist.is_initialized():
         dist.destroy_process_group()
     return scores
