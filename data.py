@@ -157,7 +157,7 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
 
 
 def decode_counts(text: bytes) -> list[int]:
-    """COCO's compressed string: 5 bits a character, least first, from the third run on as the change since two before."""
+    """COCO's compressed string: 5 bits a character, least first; from the third run on, the change since two before."""
     counts, value, shift = [], 0, 0
     for character in text:
         bits = character - 48
@@ -209,7 +209,7 @@ def make_tokenizer(expressions: list[str]) -> BertTokenizer:
 
 
 def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expressions -> input_ids and attention_mask, int64 [len(expressions), max_tokens]; cut, [SEP] kept, and padded."""
+    """Expressions -> input_ids and attention_mask, int64 [E, max_tokens]; cut, with [SEP] kept, and padded."""
     encoded = tokenizer(expressions, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
     return encoded["input_ids"], encoded["attention_mask"]
 
@@ -224,8 +224,8 @@ class RefDataset(torch.utils.data.Dataset):
     workers nor ranks change it. Evaluation: item i is sentence i, and every sentence of every object has its turn.
 
     Each item is a dict of "image" float [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
-    int64 [max_tokens], "index" the number of the sentence in `sentences`. The tokenizer is set by `use`, since a new one is made
-    of the training split's own words.
+    int64 [max_tokens], "index" the number of the sentence in `sentences`. The tokenizer is set by `use`, since
+    a new one is made of the training split's own words.
 
     Raises InputError if a file is missing or not what it should be.
     """
@@ -374,8 +374,8 @@ PLACES = {
     "top": ("top {}", "{} at the top"), "bottom": ("bottom {}", "{} at the bottom"),
 }  # fmt: skip
 RELATIONS = {
-    "left": ("{} left of the {}", "{} to the left of the {}"), "right": ("{} right of the {}", "{} to the right of the {}"),
-    "top": ("{} above the {}", "{} over the {}"), "bottom": ("{} below the {}", "{} under the {}"),
+    "left": ("{} left of the {}", "{} to the left of the {}"), "top": ("{} above the {}", "{} over the {}"),
+    "right": ("{} right of the {}", "{} to the right of the {}"), "bottom": ("{} below the {}", "{} under the {}"),
 }  # fmt: skip
 SCENES = {  # split -> scenes, and the kinds of the targets of each; every target gets two sentences of its kind
     "train": (4000, ("attribute", "place", "relation")),
@@ -494,7 +494,7 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict | None = None) -> 
     scenes = scenes or SCENES
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")  # a run that is stopped here leaves no half dataset
     (part / "images").mkdir(parents=True)
-    images, annotations, refs, sentences = [], [], [], 0
+    images, annotations, refs = [], [], []
     bar = tqdm(total=sum(number for number, _ in scenes.values()), desc=f"drawing {folder}", unit="scene", disable=None)
     for split_number, (split, (number, kinds)) in enumerate(scenes.items()):
         for scene in range(number):
@@ -511,21 +511,22 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict | None = None) -> 
                 polygon = item["polygon"]
                 (left, top), (right, bottom) = polygon.min(0).tolist(), polygon.max(0).tolist()
                 annotations.append({
-                    "id": len(annotations), "image_id": image["id"], "category_id": 1 + list(SHAPES).index(item["attributes"]["shape"]),
-                    "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)], "iscrowd": 0,
+                    "id": len(annotations), "image_id": image["id"], "iscrowd": 0,
+                    "category_id": 1 + list(SHAPES).index(item["attributes"]["shape"]),
+                    "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
                     "area": int(fill_polygon(polygon, CANVAS, CANVAS).sum()),
                     "segmentation": [polygon.ravel().tolist()], "attributes": item["attributes"],
                 })  # fmt: skip
             for position, texts in targets:
-                sent_ids = list(range(sentences, sentences + len(texts)))
-                sentences += len(texts)
+                sentences = [
+                    {"sent_id": len(texts) * len(refs) + i, "sent": text, "raw": text, "tokens": text.split()}
+                    for i, text in enumerate(texts)
+                ]
                 annotation = annotations[first + position]
                 refs.append({
-                    "ref_id": len(refs), "ann_id": annotation["id"], "image_id": image["id"],
-                    "category_id": annotation["category_id"], "split": split, "file_name": image["file_name"], "sent_ids": sent_ids,
-                    "sentences": [
-                        {"sent_id": i, "sent": text, "raw": text, "tokens": text.split()} for i, text in zip(sent_ids, texts)
-                    ],
+                    "ref_id": len(refs), "ann_id": annotation["id"], "image_id": image["id"], "split": split,
+                    "category_id": annotation["category_id"], "file_name": image["file_name"],
+                    "sent_ids": [sentence["sent_id"] for sentence in sentences], "sentences": sentences,
                 })  # fmt: skip
             bar.update()
     bar.close()

@@ -120,9 +120,8 @@ class Segmenter:
             raise InputError("the expression is empty: say what to segment, such as 'the man on the left'")
         config = self.model.config
         input_ids, attention_mask = tokenize(self.tokenizer, [expression], config.max_tokens)
-        output = self.model(
-            to_input(image, config.image_size)[None].to(self.device), input_ids.to(self.device), attention_mask.to(self.device)
-        )  # fmt: skip
+        inputs = to_input(image, config.image_size)[None], input_ids, attention_mask
+        output = self.model(*(tensor.to(self.device) for tensor in inputs))
         logits = F.interpolate(output["logits"][:, None], (image.height, image.width), mode="bilinear")
         return (logits[0, 0] > 0).cpu().numpy()
 

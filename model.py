@@ -53,10 +53,10 @@ class VEGAConfig:
     @classmethod
     def tiny(cls, **overrides) -> "VEGAConfig":
         """For the generated shapes: three stages, so that stage 3 has 8 x 8 pixels to select from at 128 x 128."""
+        bert = dict(vocab_size=64, hidden_size=192, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512)
         sizes = dict(
             image_size=128, embed_dim=48, depths=(2, 2, 4), num_heads=(2, 4, 8), window_size=8, drop_path=0.0,
-            coordinates=True, decoder_width=64, dropout=0.0, dice=1.0,
-            bert=dict(vocab_size=64, hidden_size=192, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512),
+            coordinates=True, decoder_width=64, dropout=0.0, dice=1.0, bert=bert,
         )  # fmt: skip
         return cls(**{**sizes, **overrides})
 
@@ -68,8 +68,6 @@ class VEGAConfig:
                 f"image size {self.image_size} does not fit a Swin of {len(self.depths)} stages: it must be a "
                 f"multiple of 4 (one patch) and at least {smallest} (2 x 2 pixels left at the last stage)"
             )
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"the ratio of selected pixels is {self.ratio}, but must lie in (0, 1]")
 
 
 class EarlyFusion(nn.Module):
@@ -97,7 +95,7 @@ class EarlyFusion(nn.Module):
             self.gate = None
 
     def forward(self, x: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, C], Q_l [B, T, D], mask_l [B, T] -> fused F_i [B, N, C] and x + gate(F_i) * F_i (None if ungated)."""
+        """x [B, N, C], Q_l [B, T, D], mask_l [B, T] -> F_i and x + gate(F_i) * F_i (None if ungated), [B, N, C]."""
         query = self.instance_norm(self.query(x))  # [B, N, C]
         hide_padding = ((mask_l[:, None, :] - 1) * 1e4).to(query.dtype)  # [B, 1, T]
         # one head, scaled by C ** -0.5
@@ -235,7 +233,7 @@ class VEGA(nn.Module):
         return {"logits": logits, "selection": selection, "similarity": similarity}
 
     def loss(self, output: dict, mask: Tensor) -> dict:
-        """output of `forward`, mask [B, H, W] 1 on the target -> {"loss", "bce", "contrastive", "tau"[, "dice"]}, scalars."""
+        """output of `forward`, mask [B, H, W] 1 on the target -> scalars "loss", its terms by name, and "tau"."""
         logits, mask = output["logits"], mask.float()
         tau = self.log_tau.exp()
         losses = {

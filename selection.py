@@ -1,15 +1,15 @@
 """Visual information selection (VIS): Algorithm 1 of the paper in its own symbols, and Eq. 1-5.
 
-    B batch, T words (the first is [CLS]), N pixels of the last vision stage, D channels, K = int(N * ratio)
+    B batch, T tokens of the expression (the first is [CLS], the last ones may be padding), N pixels of the
+    last vision stage, D channels, K = int(N * ratio), at least one
 
-The module lets each word of the expression pick the K pixels that are most similar to it, and makes of
-them one *visual expression* token per word. Two things look odd at first and are the paper's:
+Each token selects the K pixels that are most similar to it and gathers them into one *visual expression*
+token. Two things look odd at first and are the paper's:
 
-* S_norm already sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4).
-  E is the query of a cross-attention, where the residual then carries little of it.
-* cosine similarities lie in [-1, 1] and the softmax has no temperature, so S_norm is nearly uniform over
-  the selected pixels (the largest weight is at most e^2 = 7.4 times the smallest). Which pixels are
-  selected matters far more than how they are weighed.
+* S_norm already sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4), so
+  that E is a small vector. It is only a query: the cross-attention brings the pixels back at full size.
+* cosine similarities lie in [-1, 1] and the softmax has no temperature, so no selected pixel can weigh more
+  than e^2 = 7.4 times another.
 """
 
 import math
@@ -30,7 +30,7 @@ class Selection(NamedTuple):
 
 
 class AttentionLayer(nn.Module):
-    """Multi-head attention, residual, LayerNorm: the paper's cross- and self-attention layer.
+    """The paper's cross- and self-attention layer; ours is multi-head attention, residual, LayerNorm.
 
     Args:
         dim: channels of the queries and of the output.
@@ -51,7 +51,8 @@ class AttentionLayer(nn.Module):
     def forward(self, q: Tensor, kv: Tensor, mask: Tensor | None = None) -> Tensor:
         """q [B, Q, dim], kv [B, R, kv_dim] -> [B, Q, dim].
 
-        mask is either additive, [B, Q, R] (0 keeps, -1e4 hides), or tells which keys are real, [B, R] (1 or 0).
+        A mask of three dimensions is additive, [B, Q, R] (0 keeps, -1e4 hides: M_hat); one of two dimensions
+        tells which keys are real, [B, R] (1 or 0: mask_l).
         """
         query, key, value = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, Q or R, dim / heads]
@@ -68,15 +69,22 @@ class AttentionLayer(nn.Module):
 
 
 def binary_mask(rank_index: Tensor, N: int) -> Tensor:
-    """Pixel numbers [B, T, K] -> [B, T, N], 1 at those pixels and 0 elsewhere (Eq. 2-3)."""
+    """Pixel numbers [B, T, K] -> [B, T, N], 1 at those pixels and 0 elsewhere (m_n of Eq. 2)."""
     return torch.zeros(*rank_index.shape[:2], N, device=rank_index.device).scatter(-1, rank_index, 1.0)
 
 
 class VISBlock(nn.Module):
-    """Algorithm 1, line by line. The comments are the pseudocode's."""
+    """Algorithm 1, line by line: a comment that stands alone is the pseudocode's, one with "ours:" is not.
+
+    Args:
+        dim: channels D of both features.
+        ratio: K / N, the share of the pixels that each token selects; 0.3 in the paper (Table 6).
+    """
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
+        if not 0 < ratio <= 1:
+            raise ValueError(f"the ratio of selected pixels is {ratio}, but must lie in (0, 1]")
         self.ratio = ratio
         self.proj_v = nn.Linear(dim, dim)  # phi_v of Eq. 1
         self.proj_l = nn.Linear(dim, dim)  # phi_l
@@ -88,8 +96,7 @@ class VISBlock(nn.Module):
         N = F_v.shape[1]
         K = max(1, int(N * self.ratio))
 
-        # which pixels are selected, and how they weigh, is decided in fp32 also under autocast: a similarity
-        # rounded to bf16 is another pixel
+        # ours: in fp32 also under autocast, since similarities rounded to bf16 can select other pixels
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
 
@@ -106,16 +113,19 @@ class VISBlock(nn.Module):
             # top-k mask generation
             M = binary_mask(rank_index, N)  # [B, T, N]
 
-            # non top-k similarity scores masking & top-k ranked similarities normalization
-            M_hat = M * 1e4 - 1e4  # [B, T, N]
+            # non top-k similarity scores masking
+            # & top-k ranked similarities normalization
+            M_hat = M * 1e4 - 1e4  # [B, T, N], -1e4 for the minus infinity of Eq. 2
             S_norm = torch.softmax(S + M_hat, dim=-1)  # [B, T, N]
 
-            # weighted average summation. The pseudocode repeats F_v to [B, T, N, D], multiplies and sums over
-            # N: that is this matrix product, at a hundredth of the time
+            # weighted average summation
+            # ours: the pseudocode first expands F_v, M and S_norm to [B, T, N, D] and sums their product over N.
+            # That is this matrix product. (S_norm is zero outside M already; M stands here because Eq. 4 has it.)
             E = (M * S_norm) @ F_v / K  # [B, T, D]
 
-        # the visual expression extracted by the cross-attention with top-k pixels
-        Q_v = self.cross_attention(E, F_v, M_hat)  # [B, T, D]
+        # the visual expression extracted by the cross-attention with
+        # top-k pixels
+        Q_v = self.cross_attention(E, F_v, M_hat)  # [B, T, D], F_topk of Eq. 4 is what M_hat leaves of F_v
 
         # considering the visual contexts via the self-attention
         Q_v = self.self_attention(Q_v, Q_v, mask_l)  # [B, T, D]
@@ -125,14 +135,14 @@ class VISBlock(nn.Module):
         return Selection(G, torch.cat([mask_l, mask_l], dim=1), S, M)
 
 
-INITIAL_LOG_TAU = math.log(0.07)  # tau is learned as its logarithm, so that it stays positive
+INITIAL_LOG_TAU = math.log(0.07)  # ours: the model learns log tau, so that tau = exp(log tau) stays positive
 
 
 def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Tensor:
-    """Eq. 5, the mean over the pixels of the mask; computed in fp32.
+    """Eq. 5, computed in fp32. Ours: s is resized to the mask, and the mean is taken over the mask's pixels.
 
     Args:
-        s: [B, h, w] the [CLS] row of S laid out as a map; s / tau is resized to the mask bilinearly.
+        s: [B, h, w] the [CLS] row of S laid out as a map.
         target: [B, H, W] 1 (or True) in Z+, the pixels of the target, 0 in Z-.
         tau: temperature, positive.
     """

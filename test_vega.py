@@ -278,10 +278,10 @@ def test_an_untrained_tiny_model_learns_one_batch(small):
     raise AssertionError(f"IoU after 200 steps: {metrics.ious()}")
 
 
-@pytest.mark.parametrize("overrides", [dict(image_size=62), dict(image_size=16), dict(ratio=0.0), dict(ratio=1.5)])
+@pytest.mark.parametrize("overrides", [dict(image_size=62), dict(image_size=8), dict(ratio=0.0), dict(ratio=1.5)])
 def test_impossible_configs_are_refused(overrides):
     with pytest.raises(ValueError, match="must"):
-        VEGAConfig.tiny(**overrides)
+        VEGA(VEGAConfig.tiny(**overrides))
 
 
 # --- data.py -------------------------------------------------------------------------------------------------

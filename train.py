@@ -16,6 +16,7 @@ import os
 import time
 from pathlib import Path
 
+import timm
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -23,10 +24,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertModel, BertTokenizer
 
-import timm
 from data import DATASETS, InputError, RefDataset, TrainingBatches, command_line, make_tokenizer
 from evaluate import (
-    FORMAT, autocast, common_flags, evaluate, newest_run, rank, read_checkpoint, resolve_precision, restore, start_processes, world,
+    FORMAT, autocast, common_flags, evaluate, newest_run, rank, read_checkpoint, resolve_precision, restore,
+    start_processes, world,
 )  # fmt: skip
 from evaluate import main as evaluate_main
 from model import VEGA, VEGAConfig
@@ -58,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--coordinates", action=argparse.BooleanOptionalAction, help="add pixel coordinates to the patch embedding")
     flag("--ratio", type=float, help="of the pixels that each word selects (default: 0.3; Table 6)")
     flag("--seed", type=int, help="of the starting weights, the samples' order and choice, and dropout (default: 0)")
-    flag("--no-pretrained", action="store_true", help="start base at random, not from ImageNet-22K's and BERT's weights")
+    flag("--no-pretrained", action="store_true", help="start base at random, not from pretrained weights")
     flag("--out", metavar="DIR", help="default: runs/DATASET-TIME")
     flag("--overwrite", action="store_true", help="let --out replace the run that is there")
     flag("--resume", action="store_true", help="go on from last.pt of --out, or of the newest run")
@@ -87,20 +88,20 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"a batch of {args.batch_size} does not divide among {world()} processes")
     args.micro_batch = min(args.micro_batch or args.batch_size, args.batch_size // world())
     if args.batch_size // world() % args.micro_batch:
+        share = args.batch_size // world()
         raise InputError(
-            f"each process's share of {args.batch_size // world()} images is not a multiple of --micro-batch {args.micro_batch}"
+            f"each process's share of {share} images is not a multiple of --micro-batch {args.micro_batch}"
         )
     return args
 
 
 def take_settings(args: argparse.Namespace, saved: dict) -> argparse.Namespace:
-    """The settings of the run to go on with; a flag that says otherwise is an error. The machine's own flags may differ."""
+    """The settings of the run to go on with; a flag that says otherwise is an error, but for the machine's own."""
     machine = ("device", "data", "workers", "out", "resume", "overwrite")
     for name, value in vars(args).items():
         if name not in machine and value not in (None, False) and value != saved[name]:
-            raise InputError(
-                f"this run has --{name.replace('_', '-')} {saved[name]}, not {value}: leave the flag out to go on with it"
-            )
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"this run has {flag} {saved[name]}, not {value}: leave the flag out to go on with it")
     ours = {name: getattr(args, name) for name in machine if getattr(args, name) is not None}
     return argparse.Namespace(**{**saved, **ours})
 
@@ -116,7 +117,7 @@ def rank_0_first():
 
 
 def build(args: argparse.Namespace, words: list[str]) -> tuple[VEGA, BertTokenizer]:
-    """The model at its starting weights, and its tokenizer: pretrained BERT's, or made of the training split's words."""
+    """The model at its starting weights, and its tokenizer: pretrained BERT's, or one made of the training words."""
     overrides = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name, None) is not None}
     if args.pretrained:
         tokenizer = AutoTokenizer.from_pretrained(PRETRAINED_BERT)
@@ -220,7 +221,8 @@ def main(argv: list[str] | None = None) -> dict:
     def checkpoint(step: int) -> dict:
         return {
             "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": args.precision,
-            "config": dataclasses.asdict(config), "args": vars(args), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "config": dataclasses.asdict(config), "args": vars(args),
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "tokenizer": {"vocab": tokenizer.get_vocab(), "do_lower_case": tokenizer.do_lower_case},
         }  # fmt: skip
 
