@@ -45,16 +45,25 @@ def command_line(main):
 class Dataset:
     folder: str
     refs: str
-    splits: tuple[str, ...]  # the first trains, the second validates
+    splits: dict[str, tuple]  # split -> (refs, images) of the original, None where unknown; the first trains
     images: tuple[str, ...] = ("images/train2014", "images/mscoco/images/train2014")
 
 
+UNKNOWN = (None, None)
 DATASETS = {
-    "shapes": Dataset("shapes", "refs(shapes).p", ("train", "val", "testA", "testB"), ("shapes/images",)),
-    "refcoco": Dataset("refcoco", "refs(unc).p", ("train", "val", "testA", "testB")),
-    "refcoco+": Dataset("refcoco+", "refs(unc).p", ("train", "val", "testA", "testB")),
-    "refcocog-umd": Dataset("refcocog", "refs(umd).p", ("train", "val", "test")),
-    "refcocog-google": Dataset("refcocog", "refs(google).p", ("train", "val")),
+    "shapes": Dataset(
+        "shapes", "refs(shapes).p", dict.fromkeys(("train", "val", "testA", "testB"), UNKNOWN), ("shapes/images",)
+    ),
+    "refcoco": Dataset(
+        "refcoco",
+        "refs(unc).p",
+        {"train": (42404, 16994), "val": (3811, 1500), "testA": (1975, 750), "testB": (1810, 750)},
+    ),
+    "refcoco+": Dataset(
+        "refcoco+", "refs(unc).p", {"train": UNKNOWN, "val": (None, 1500), "testA": (None, 750), "testB": (None, 750)}
+    ),
+    "refcocog-umd": Dataset("refcocog", "refs(umd).p", {"train": UNKNOWN, "val": (None, 1300), "test": (None, 2600)}),
+    "refcocog-google": Dataset("refcocog", "refs(google).p", {"train": UNKNOWN, "val": (None, 4650)}),
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
 
@@ -217,6 +226,35 @@ def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) 
 # --- the dataset --------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1)
+def read_annotations(name: str, data: str) -> tuple[list[dict], dict, dict, Path]:
+    """Of a dataset: its refs; id -> image and id -> annotation of those that the refs name; the folder of its images."""
+    dataset, data = DATASETS[name], Path(data)
+    if name == "shapes" and not (data / dataset.folder).exists():
+        generate_shapes(data / dataset.folder)
+    instances_file, refs_file = data / dataset.folder / "instances.json", data / dataset.folder / dataset.refs
+    for file in (instances_file, refs_file):
+        if not file.is_file():
+            raise InputError(
+                f"{file} is missing. Unpack {name} to {data / dataset.folder}/: the README's section "
+                f"'RefCOCO, step by step' says where to download it. With nothing to download: --dataset shapes"
+            )
+    refs = read_refs(refs_file)
+    try:
+        instances = json.loads(instances_file.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{instances_file} is not JSON ({error}). Is the download whole?") from None
+    named = {ref["ann_id"] for ref in refs}
+    images = {image["id"]: image for image in instances["images"]}
+    annotations = {annotation["id"]: annotation for annotation in instances["annotations"] if annotation["id"] in named}
+    folder = next((data / f for f in dataset.images if (data / f).is_dir()), None)
+    if folder is None:
+        raise InputError(
+            f"there is no image folder {data / dataset.images[0]}: the README says where to get the images"
+        )
+    return refs, images, annotations, folder
+
+
 class RefDataset(torch.utils.data.Dataset):
     """One split of a REFER-format dataset.
 
@@ -232,40 +270,28 @@ class RefDataset(torch.utils.data.Dataset):
 
     def __init__(self, name: str, split: str, data: str | Path = "data"):
         self.name, self.split = name, split
-        dataset = DATASETS[name]
-        if split not in dataset.splits:
-            raise InputError(f"{name} has no split {split!r}; it has {', '.join(dataset.splits)}")
-        data = Path(data)
-        if name == "shapes" and not (data / dataset.folder).exists():
-            generate_shapes(data / dataset.folder)
-        instances_file, refs_file = data / dataset.folder / "instances.json", data / dataset.folder / dataset.refs
-        for file in (instances_file, refs_file):
-            if not file.is_file():
-                raise InputError(
-                    f"{file} is missing. Unpack {name} to {data / dataset.folder}/: the README's section "
-                    f"'RefCOCO, step by step' says where to download it. With nothing to download: --dataset shapes"
-                )
-        refs = [ref for ref in read_refs(refs_file) if ref["split"] == split]
-        if not refs:
-            raise InputError(f"{refs_file} holds no object of split {split}")
-        try:
-            instances = json.loads(instances_file.read_bytes())
-        except ValueError as error:
-            raise InputError(f"{instances_file} is not JSON ({error}). Is the download whole?") from None
-        images = {image["id"]: image for image in instances["images"]}
-        annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
-        self.folder = next((data / f for f in dataset.images if (data / f).is_dir()), None)
-        if self.folder is None:
-            raise InputError(f"there is no image folder {data / dataset.images[0]}: see the README on where to get it")
+        if split not in DATASETS[name].splits:
+            raise InputError(f"{name} has no split {split!r}; it has {', '.join(DATASETS[name].splits)}")
+        refs, images, annotations, self.folder = read_annotations(name, str(data))
         self.objects, self.sentences = [], []  # (image, segmentation, first sentence, one past its last); (object, raw)
         self.ref_ids, self.sent_ids = [], []
-        for ref in refs:
+        # images side by side, so that evaluation decodes each once
+        for ref in sorted(
+            (ref for ref in refs if ref["split"] == split), key=lambda ref: (ref["image_id"], ref["ref_id"])
+        ):
             first = len(self.sentences)
             self.sentences += [(len(self.objects), sentence["raw"]) for sentence in ref["sentences"]]
             self.sent_ids += [sentence["sent_id"] for sentence in ref["sentences"]]
             self.ref_ids.append(ref["ref_id"])
-            image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
+            image, annotation = images.get(ref["image_id"]), annotations.get(ref["ann_id"])
+            if image is None or annotation is None:
+                raise InputError(
+                    f"ref {ref['ref_id']} of {name} names image {ref['image_id']} and annotation {ref['ann_id']}, but "
+                    f"instances.json lacks one of them: the two files don't belong together"
+                )
             self.objects.append((image, annotation["segmentation"], first, len(self.sentences)))
+        if not self.sentences:
+            raise InputError(f"{DATASETS[name].refs} holds no sentence of {name}'s split {split}")
 
     def use(self, tokenizer: BertTokenizer, max_tokens: int, image_size: int, training: bool, seed: int = 0):
         """Set what a model asks of its items; returns the dataset."""
@@ -378,7 +404,7 @@ RELATIONS = {
     "right": ("{} right of the {}", "{} to the right of the {}"), "bottom": ("{} below the {}", "{} under the {}"),
 }  # fmt: skip
 SCENES = {  # split -> scenes, and the kinds of the targets of each; every target gets two sentences of its kind
-    "train": (4000, ("attribute", "place", "relation")),
+    "train": (3600, ("attribute", "place", "relation")),
     "val": (200, ("attribute", "place", "relation")),
     "testA": (200, ("attribute", "attribute")),
     "testB": (200, ("place", "relation")),

@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     workers = args.workers if args.workers is not None else (0 if name == "shapes" else 4)
     scores, lines = {}, []
     forward = torch.compile(model) if args.compile else model
-    for split in args.split or DATASETS[name].splits[1:2]:
+    for split in args.split or list(DATASETS[name].splits)[1:2]:
         dataset = RefDataset(name, split, args.data)
         dataset.use(tokenizer, model.config.max_tokens, model.config.image_size, training=False)
         if args.shuffle_expressions:

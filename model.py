@@ -55,7 +55,7 @@ class VEGAConfig:
         """For the generated shapes: three stages, so that stage 3 has 8 x 8 pixels to select from at 128 x 128."""
         bert = dict(vocab_size=64, hidden_size=192, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512)
         sizes = dict(
-            image_size=128, embed_dim=48, depths=(2, 2, 4), num_heads=(2, 4, 8), window_size=8, drop_path=0.0,
+            image_size=128, embed_dim=48, depths=(1, 1, 4), num_heads=(2, 4, 8), window_size=8, drop_path=0.0,
             coordinates=True, decoder_width=64, dropout=0.0, dice=1.0, bert=bert,
         )  # fmt: skip
         return cls(**{**sizes, **overrides})

@@ -34,7 +34,7 @@ from model import VEGA, VEGAConfig
 
 # what each model is trained with unless a flag says otherwise; base: Sec. 4.1
 RECIPES = {
-    "tiny": dict(epochs=2, batch_size=16, lr=7e-4, weight_decay=0.01, validate_every=500, log_every=10, workers=0),
+    "tiny": dict(epochs=3, batch_size=16, lr=7e-4, weight_decay=0.01, validate_every=500, log_every=10, workers=0),
     "base": dict(epochs=40, batch_size=16, lr=3e-5, weight_decay=0.01, validate_every=None, log_every=50, workers=4),
 }
 PRETRAINED_SWIN, PRETRAINED_BERT = "swin_base_patch4_window12_384.ms_in22k", "google-bert/bert-base-uncased"
@@ -49,9 +49,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16)")
     flag("--micro-batch", type=int, metavar="N", help="images per forward pass of a process; its share accumulates")
-    flag("--epochs", type=int, help="default: 40 for base, @E@ for tiny")
+    flag("--epochs", type=int, help="default: 40 for base, 3 for tiny")
     flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays to zero over them")
-    flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, @LR@ for tiny)")
+    flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 7e-4 for tiny)")
     flag("--weight-decay", type=float, help="default: 0.01; none on norms, biases and relative position tables")
     flag("--dropout", type=float, help="in BERT and the attention layers that VEGA adds (base: 0.1, tiny: 0)")
     flag("--drop-path", type=float, help="stochastic depth of the last Swin block (base: 0.3, tiny: 0)")
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> dict:
     if resumed is not None:
         optimizer.load_state_dict(resumed["optimizer"])
         start, best = resumed["step"], resumed["best"]
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world() > 1 else model
+    parallel = DistributedDataParallel(model) if world() > 1 else model
     forward = torch.compile(parallel) if args.compile else parallel
     loader = DataLoader(
         train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
@@ -292,6 +292,8 @@ def main(argv: list[str] | None = None) -> dict:
     # the best checkpoint's scores on every split but the training one, and pictures of them
     if log:
         log.close()
+    if world() > 1:
+        dist.barrier()  # until rank 0 has written it
     scores = evaluate_main([
         "--checkpoint", str(out / "best.pt"), "--split", val_split, *test_splits, "--json", str(out / "metrics.json"),
         "--pictures", "8", "--data", args.data, "--device", str(device), "--precision", precision,
