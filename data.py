@@ -1,12 +1,16 @@
 """Data in the REFER format: refs pickle + instances.json + images, for RefCOCO's family and the generated shapes.
 
+    python data.py --check refcoco [--all]      what of a dataset is on disk, and whether it is whole
+
 data/refcoco/{instances.json, refs(unc).p}      data/refcoco+/{instances.json, refs(unc).p}
 data/refcocog/{instances.json, refs(umd).p, refs(google).p}
 data/images/train2014/COCO_train2014_*.jpg      (or images/mscoco/images/train2014, as REFER keeps them)
 data/shapes/{instances.json, refs(shapes).p, images/}      written here the first time it is needed
 """
 
+import argparse
 import functools
+import gc
 import io
 import itertools
 import json
@@ -16,6 +20,7 @@ import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,7 +73,7 @@ DATASETS = {
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
 
 
-# --- reading: pickles, masks, images -----------------------------------------------------------------------
+# Reading: pickles, masks, images
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -202,7 +207,7 @@ def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
     return (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-# --- words --------------------------------------------------------------------------------------------------
+# Words
 
 
 def make_tokenizer(expressions: list[str]) -> BertTokenizer:
@@ -219,16 +224,21 @@ def make_tokenizer(expressions: list[str]) -> BertTokenizer:
 
 def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Expressions -> input_ids and attention_mask, int64 [E, max_tokens]; cut, with [SEP] kept, and padded."""
-    encoded = tokenizer(expressions, padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
-    return encoded["input_ids"], encoded["attention_mask"]
+    parts = []
+    for start in range(0, len(expressions), 4096):  # in parts: what the tokenizer returns beside the ids is large
+        encoded = tokenizer(
+            expressions[start : start + 4096], padding="max_length", truncation=True, max_length=max_tokens
+        )
+        parts.append([torch.tensor(encoded[key]) for key in ("input_ids", "attention_mask")])
+    input_ids, attention_mask = map(torch.cat, zip(*parts))
+    return input_ids, attention_mask
 
 
-# --- the dataset --------------------------------------------------------------------------------------------
+# The dataset
 
 
-@functools.lru_cache(maxsize=1)
 def read_annotations(name: str, data: str) -> tuple[list[dict], dict, dict, Path]:
-    """Of a dataset: its refs; id -> image and id -> annotation of those that the refs name; the folder of its images."""
+    """A dataset's refs, its images by id, the annotations that the refs name by id, and the folder of its images."""
     dataset, data = DATASETS[name], Path(data)
     if name == "shapes" and not (data / dataset.folder).exists():
         generate_shapes(data / dataset.folder)
@@ -241,18 +251,54 @@ def read_annotations(name: str, data: str) -> tuple[list[dict], dict, dict, Path
             )
     refs = read_refs(refs_file)
     try:
+        named = {ref["ann_id"] for ref in refs}
         instances = json.loads(instances_file.read_bytes())
+        images = {image["id"]: image for image in instances["images"]}
+        annotations = {a["id"]: a for a in instances["annotations"] if a["id"] in named}
     except ValueError as error:
         raise InputError(f"{instances_file} is not JSON ({error}). Is the download whole?") from None
-    named = {ref["ann_id"] for ref in refs}
-    images = {image["id"]: image for image in instances["images"]}
-    annotations = {annotation["id"]: annotation for annotation in instances["annotations"] if annotation["id"] in named}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{instances_file} or {refs_file} is not in REFER's format (at {error})") from None
     folder = next((data / f for f in dataset.images if (data / f).is_dir()), None)
     if folder is None:
         raise InputError(
             f"there is no image folder {data / dataset.images[0]}: the README says where to get the images"
         )
     return refs, images, annotations, folder
+
+
+class Referred(NamedTuple):
+    """An object that sentences refer to, kept small: loader processes share it until they touch it."""
+
+    ref_id: int
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+    segmentation: bytes  # as JSON
+    sent_ids: list[int]
+    sentences: list[str]
+
+
+@functools.lru_cache(maxsize=1)
+def read_objects(name: str, data: str) -> tuple[dict[str, list[Referred]], Path]:
+    """split -> its objects, those of an image side by side, and the folder of the images."""
+    refs, images, annotations, folder = read_annotations(name, data)
+    objects = {split: [] for split in DATASETS[name].splits}
+    for ref in sorted(refs, key=lambda ref: (ref["image_id"], ref["ref_id"])):
+        image, annotation = images.get(ref["image_id"]), annotations.get(ref["ann_id"])
+        if image is None or annotation is None:
+            raise InputError(
+                f"ref {ref['ref_id']} of {name} names image {ref['image_id']} and annotation {ref['ann_id']}, but "
+                f"instances.json lacks one of them: the two files don't belong together"
+            )
+        if ref["split"] in objects:
+            sentences = [sentence["raw"] for sentence in ref["sentences"]]
+            objects[ref["split"]].append(Referred(
+                ref["ref_id"], image["id"], image["file_name"], image["height"], image["width"],
+                json.dumps(annotation["segmentation"]).encode(), ref["sent_ids"], sentences,
+            ))  # fmt: skip
+    return objects, folder
 
 
 class RefDataset(torch.utils.data.Dataset):
@@ -272,31 +318,18 @@ class RefDataset(torch.utils.data.Dataset):
         self.name, self.split = name, split
         if split not in DATASETS[name].splits:
             raise InputError(f"{name} has no split {split!r}; it has {', '.join(DATASETS[name].splits)}")
-        refs, images, annotations, self.folder = read_annotations(name, str(data))
-        self.objects, self.sentences = [], []  # (image, segmentation, first sentence, one past its last); (object, raw)
-        self.ref_ids, self.sent_ids = [], []
-        # images side by side, so that evaluation decodes each once
-        for ref in sorted(
-            (ref for ref in refs if ref["split"] == split), key=lambda ref: (ref["image_id"], ref["ref_id"])
-        ):
-            first = len(self.sentences)
-            self.sentences += [(len(self.objects), sentence["raw"]) for sentence in ref["sentences"]]
-            self.sent_ids += [sentence["sent_id"] for sentence in ref["sentences"]]
-            self.ref_ids.append(ref["ref_id"])
-            image, annotation = images.get(ref["image_id"]), annotations.get(ref["ann_id"])
-            if image is None or annotation is None:
-                raise InputError(
-                    f"ref {ref['ref_id']} of {name} names image {ref['image_id']} and annotation {ref['ann_id']}, but "
-                    f"instances.json lacks one of them: the two files don't belong together"
-                )
-            self.objects.append((image, annotation["segmentation"], first, len(self.sentences)))
+        objects, self.folder = read_objects(name, str(data))
+        self.objects = objects[split]
+        self.sentences = [(number, raw) for number, item in enumerate(self.objects) for raw in item.sentences]
         if not self.sentences:
             raise InputError(f"{DATASETS[name].refs} holds no sentence of {name}'s split {split}")
+        self.first = np.cumsum([0] + [len(item.sentences) for item in self.objects])  # sentence of each object
 
     def use(self, tokenizer: BertTokenizer, max_tokens: int, image_size: int, training: bool, seed: int = 0):
         """Set what a model asks of its items; returns the dataset."""
         self.input_ids, self.attention_mask = tokenize(tokenizer, self.expressions, max_tokens)
         self.image_size, self.training, self.seed = image_size, training, seed
+        self.decoded = (None, None)  # the last image's id and input
         return self
 
     @property
@@ -309,39 +342,51 @@ class RefDataset(torch.utils.data.Dataset):
     def __getitem__(self, item) -> dict:
         if self.training:
             epoch, number = item
-            _, _, first, end = self.objects[number]
+            first, end = self.first[number : number + 2]
             index = int(np.random.default_rng((self.seed, epoch, number)).integers(first, end))
         else:
             index = item
+        if self.decoded[0] != self.object(index).image_id:
+            self.decoded = self.object(index).image_id, to_input(self.image(index), self.image_size)
         mask = Image.fromarray(self.mask(index).view(np.uint8))
         mask = mask.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
         return {
-            "image": to_input(self.image(index), self.image_size),
+            "image": self.decoded[1],
             "mask": torch.from_numpy(np.array(mask)).bool(),
             "input_ids": self.input_ids[index],
             "attention_mask": self.attention_mask[index],
             "index": index,
         }
 
+    def batches(self, size: int) -> list[list[int]]:
+        """The numbers of all sentences in lists of at most `size`; those of one image stay together where they fit."""
+        batches = []
+        for _, group in itertools.groupby(range(len(self.sentences)), lambda index: self.object(index).image_id):
+            group = list(group)
+            if batches and len(batches[-1]) + len(group) <= size:
+                batches[-1] += group
+            else:
+                batches += [group[start : start + size] for start in range(0, len(group), size)]
+        return batches
+
     def ids(self, index: int) -> dict:
         """{"ref_id", "sent_id", "image_id", "expression"} of sentence `index`, for logs."""
-        number, expression = self.sentences[index]
-        image_id = self.objects[number][0]["id"]
-        return {
-            "ref_id": self.ref_ids[number],
-            "sent_id": self.sent_ids[index],
-            "image_id": image_id,
-            "expression": expression,
-        }
+        (number, expression), item = self.sentences[index], self.object(index)
+        sent_id = item.sent_ids[index - self.first[number]]
+        return {"ref_id": item.ref_id, "sent_id": sent_id, "image_id": item.image_id, "expression": expression}
+
+    def object(self, index: int) -> Referred:
+        """The object that sentence `index` names."""
+        return self.objects[self.sentences[index][0]]
 
     def image(self, index: int) -> Image.Image:
         """The image of sentence `index`, RGB at its own size."""
-        return open_image(self.folder / self.objects[self.sentences[index][0]][0]["file_name"])
+        return open_image(self.folder / self.object(index).file_name)
 
     def mask(self, index: int) -> np.ndarray:
         """The target of sentence `index`, bool at the image's own size."""
-        image, segmentation, _, _ = self.objects[self.sentences[index][0]]
-        return rasterize(segmentation, image["height"], image["width"])
+        item = self.object(index)
+        return rasterize(json.loads(item.segmentation), item.height, item.width)
 
     def shuffle_expressions(self, seed: int = 0) -> None:
         """Give each sentence's place to a sentence of another image: a seeded permutation without fixed points.
@@ -349,7 +394,7 @@ class RefDataset(torch.utils.data.Dataset):
         The images are put in random order, their sentences side by side, and every sentence moves on by as many
         places as the longest image has, which leads out of its own image.
         """
-        images = np.array([self.objects[number][0]["id"] for number, _ in self.sentences])
+        images = np.array([self.object(index).image_id for index in range(len(self.sentences))])
         rng = np.random.default_rng(seed)
         names, group, sizes = np.unique(images, return_inverse=True, return_counts=True)
         if 2 * sizes.max() > len(images):
@@ -359,6 +404,15 @@ class RefDataset(torch.utils.data.Dataset):
         source[order] = np.roll(order, sizes.max())
         self.sentences = [(number, self.sentences[s][1]) for (number, _), s in zip(self.sentences, source)]
         self.input_ids, self.attention_mask = self.input_ids[source], self.attention_mask[source]
+
+
+def start_loader(loader: torch.utils.data.DataLoader):
+    """Its iterator, whose processes leave the memory that they share with this one alone: no garbage search there."""
+    gc.collect()
+    gc.freeze()
+    iterator = iter(loader)
+    gc.unfreeze()
+    return iterator
 
 
 class TrainingBatches:
@@ -385,7 +439,66 @@ class TrainingBatches:
             yield [(epoch, int(number)) for number in order[first : first + self.local]]
 
 
-# --- the generated shapes -----------------------------------------------------------------------------------
+# The check before a long run
+
+
+def check(name: str, data: str = "data", every_image: bool = False) -> bool:
+    """Print what of a dataset is on disk beside what should be there; True if nothing is wrong.
+
+    Args:
+        every_image: decode all images, not a sample of 200.
+    """
+    whole = True
+
+    def row(what: str, found, expected=None) -> None:
+        nonlocal whole
+        wrong = expected is not None and found != expected
+        whole = whole and not wrong
+        print(f"{what:<52}{found:>9}   " + ("" if expected is None else f"WRONG, not {expected}" if wrong else "ok"))
+
+    refs, images, annotations, folder = read_annotations(name, str(data))
+    print(f"{name} under {data}; images in {folder}")
+    for split, (known_refs, known_images) in DATASETS[name].splits.items():
+        named = [ref for ref in refs if ref["split"] == split]
+        row(f"{split}: refs", len(named), known_refs)
+        row(f"{split}: images", len({ref["image_id"] for ref in named}), known_images)
+    row("refs without an annotation in instances.json", sum(ref["ann_id"] not in annotations for ref in refs), 0)
+    orphans = {a["image_id"] for a in annotations.values()} | {ref["image_id"] for ref in refs}
+    row("annotations and refs without an image in instances.json", len(orphans - images.keys()), 0)
+    files = sorted({images[ref["image_id"]]["file_name"] for ref in refs if ref["image_id"] in images})
+    missing = [file for file in files if not (folder / file).is_file()]
+    row("image files missing", len(missing), 0)
+    there = sorted(set(files) - set(missing))
+    sample = there if every_image else np.random.default_rng(0).permutation(there)[:200]
+    broken = []
+    for file in tqdm(sample, desc="decoding", unit="image", disable=None):
+        try:
+            open_image(folder / file)
+        except InputError:
+            broken.append(str(file))
+    row(
+        f"broken among {len(sample)} of {len(there)} image files" + ("" if every_image else " (--all: every one)"),
+        len(broken),
+        0,
+    )
+    for what, several in (("missing", missing), ("broken", broken)):
+        if several:
+            print(f"{what}: {', '.join(several[:5])}{' ..' if len(several) > 5 else ''}")
+    return whole
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", required=True, choices=DATASETS, help="the dataset to verify")
+    parser.add_argument("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
+    parser.add_argument("--all", action="store_true", help="decode every image, not a sample of 200")
+    args = parser.parse_args(argv)
+    if not check(args.check, args.data, args.all):
+        raise SystemExit(1)
+
+
+# The generated shapes
 
 CANVAS = 128  # pixels a side
 COLORS = {
@@ -520,8 +633,9 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict | None = None) -> 
     scenes = scenes or SCENES
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")  # a run that is stopped here leaves no half dataset
     (part / "images").mkdir(parents=True)
+    print(f"drawing the shapes dataset into {folder}", flush=True)
     images, annotations, refs = [], [], []
-    bar = tqdm(total=sum(number for number, _ in scenes.values()), desc=f"drawing {folder}", unit="scene", disable=None)
+    bar = tqdm(total=sum(number for number, _ in scenes.values()), desc="drawing", unit="scene", disable=None)
     for split_number, (split, (number, kinds)) in enumerate(scenes.items()):
         for scene in range(number):
             rng = np.random.default_rng((seed, split_number, scene))
@@ -578,3 +692,7 @@ def choose_targets(objects: list[dict], kinds: tuple[str, ...], rng: np.random.G
         free.remove(position)
         targets.append((int(position), found[int(rng.integers(len(found)))]))
     return targets
+
+
+if __name__ == "__main__":
+    main()

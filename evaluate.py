@@ -24,14 +24,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
 
-from data import DATASETS, InputError, RefDataset, command_line, open_image, to_input, tokenize
+from data import DATASETS, InputError, RefDataset, command_line, open_image, start_loader, to_input, tokenize
 from model import VEGA, VEGAConfig
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 BATCH_SIZE = 16  # of evaluation; fixed, since another batch may round another way
 
 
-# --- processes and devices ----------------------------------------------------------------------------------
+# Processes and devices
 
 
 def rank() -> int:
@@ -42,12 +42,21 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def pick_device(device: str | None) -> torch.device:
+    """The device of that name, or CUDA if there is one. Raises InputError if it is not to be had."""
+    try:
+        picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=picked)
+        return picked
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device} can't be used here ({reason}); try --device cpu") from None
+
+
 def start_processes(device: str | None) -> torch.device:
     """Join torchrun's process group, if there is one (nccl on CUDA, gloo on CPU); returns this process's device."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(device)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError("there is no CUDA device here; use --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -65,7 +74,7 @@ def resolve_precision(precision: str | None, device: torch.device) -> str:
     return precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------
+# Checkpoints
 
 FORMAT = 1  # of the checkpoint; raise it when an older reader would misread a newer file
 
@@ -73,13 +82,22 @@ FORMAT = 1  # of the checkpoint; raise it when an older reader would misread a n
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint's plain dict, on the CPU. Raises InputError if the file is not one, without running any of it."""
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; the checkpoint is a file in it, such as {path / 'best.pt'}")
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}. Train one first: python train.py")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} can't be read as a checkpoint ({reason})") from None
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ):  # torch's text would advise to trust it
+        raise InputError(
+            f"{path} can't be read as a checkpoint: it is another kind of file, was cut short, or holds more than plain data"
+        ) from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of this program")
     if checkpoint["format"] != FORMAT:
@@ -109,7 +127,7 @@ class Segmenter:
     """A trained model for one's own pictures: mask = segment(image, expression)."""
 
     def __init__(self, checkpoint: str | Path, device: str | None = None):
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(device)
         self.model, self.tokenizer = restore(read_checkpoint(checkpoint), self.device)
 
     @torch.inference_mode()
@@ -131,7 +149,7 @@ def load(checkpoint: str | Path, device: str | None = None) -> Segmenter:
     return Segmenter(checkpoint, device)
 
 
-# --- scores -------------------------------------------------------------------------------------------------
+# Scores
 
 
 class Metrics:
@@ -198,15 +216,20 @@ def evaluate(
             paper's peers' protocol); "original" at the image's own size, the logits resized to it.
     """
     model.eval()
-    starts = range(0, len(dataset), batch_size)
-    batches = [list(range(start, min(start + batch_size, len(dataset)))) for start in starts]
     loader = DataLoader(
-        dataset, batch_sampler=batches[rank() :: world()], num_workers=workers, pin_memory=device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),
+        dataset, batch_sampler=dataset.batches(batch_size)[rank() :: world()], num_workers=workers,
+        pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     metrics = Metrics()
     quiet = True if rank() else None  # None: quiet when not a terminal
-    for batch in tqdm(loader, desc=f"{dataset.name} {dataset.split}", unit="batch", leave=False, disable=quiet):
+    for batch in tqdm(
+        start_loader(loader),
+        total=len(loader),
+        desc=f"{dataset.name} {dataset.split}",
+        unit="batch",
+        leave=False,
+        disable=quiet,
+    ):
         with autocast(device, precision):
             output = model(*(batch[key].to(device) for key in ("image", "input_ids", "attention_mask")))
         if resolution == "input":
@@ -220,7 +243,7 @@ def evaluate(
     return metrics
 
 
-# --- pictures -----------------------------------------------------------------------------------------------
+# Pictures
 
 GREEN, RED = (40, 220, 90), (255, 60, 60)
 
@@ -268,7 +291,7 @@ def picture_sheet(model: VEGA, dataset: RefDataset, device: torch.device, path: 
     sheet.save(path)
 
 
-# --- the command --------------------------------------------------------------------------------------------
+# The command
 
 
 def common_flags(parser: argparse.ArgumentParser) -> None:
@@ -281,6 +304,14 @@ def common_flags(parser: argparse.ArgumentParser) -> None:
     flag("--precision", choices=("fp32", "bf16"), help="default: bf16 on cards that have it, else fp32")
     flag("--compile", action="store_true", help="compile the model with torch.compile")
     # fmt: on
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace, at_least_1=(), at_least_0=()) -> None:
+    """End the program with a message if a flag that was given is below its limit."""
+    for name in (*at_least_1, *at_least_0):
+        value, limit = getattr(args, name), int(name in at_least_1)
+        if value is not None and not value >= limit:
+            parser.error(f"--{name.replace('_', '-')} is {value}, but must be at least {limit}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -304,17 +335,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.image is None) != (args.expression is None):
         parser.error("--image and --expression go together")
-    if args.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
+    check_numbers(parser, args, at_least_1=("batch_size",), at_least_0=("workers", "pictures"))
+    for file in filter(None, (args.json, args.per_sample)):  # before the work, not after it
+        if not Path(file).parent.is_dir():
+            parser.error(f"there is no folder {Path(file).parent} to write {file} to")
     return args
 
 
 def segment_photograph(checkpoint: Path, args: argparse.Namespace) -> None:
     image = open_image(args.image)
-    mask = load(checkpoint, args.device)(image, args.expression)
+    segment = load(checkpoint, args.device)
+    mask = segment(image, args.expression)
     slug = re.sub(r"\W+", "-", args.expression.lower()).strip("-")[:60]
     path = checkpoint.parent / f"{Path(args.image).stem}-{slug}.png"
     overlay(image, mask, RED).save(path)
+    ids, _ = tokenize(segment.tokenizer, [args.expression], segment.model.config.max_tokens)
+    if segment.tokenizer.unk_token_id in ids:
+        print("note: the model has never seen some word of this expression")
     print(f"{args.expression!r} covers {100 * mask.mean():.1f} % of {args.image}; the overlay is {path}")
 
 
@@ -343,7 +380,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         for (index, _, _), iou in zip(metrics.counts, metrics.ious()):
             lines.append(json.dumps({"split": split, **dataset.ids(index), "iou": iou}))
         if args.pictures and rank() == 0:
-            path = checkpoint_file.with_name(f"pictures-{split}.png")
+            shuffled = "-shuffled" if args.shuffle_expressions else ""
+            path = checkpoint_file.with_name(f"pictures-{split}{shuffled}.png")
             picture_sheet(model, dataset, device, path, args.pictures)
     if rank() == 0:
         print(

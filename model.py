@@ -9,19 +9,25 @@ Tokens are [B, N, C] and maps [B, H, W, C]; only the decoder's convolutions see 
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, checkpoint_filter_fn
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from selection import INITIAL_LOG_TAU, AttentionLayer, VISBlock, pixel_contrastive_loss
 
 
 def bert_base() -> dict:
     return dict(vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+
+
+BERT_FIELDS = (
+    *bert_base(), "hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id",
+)  # fmt: skip
 
 
 @dataclass
@@ -35,7 +41,7 @@ class VEGAConfig:
     window_size: int = 12
     drop_path: float = 0.3  # stochastic depth of the last Swin block
     coordinates: bool = False  # add the pixels' normalised coordinates to the patch embedding
-    bert: dict = field(default_factory=bert_base)  # arguments of transformers' BertConfig
+    bert: dict = field(default_factory=bert_base)  # BERT_FIELDS of transformers' BertConfig, or some of them
     max_tokens: int = 21  # of an expression, [CLS] and [SEP] among them
     variant: str = "vega"
     ratio: float = 0.3  # of the pixels that each word selects
@@ -253,3 +259,72 @@ def dice_loss(logits: Tensor, mask: Tensor) -> Tensor:
     mask = mask.flatten(1)
     overlap = 2 * (probability * mask).sum(1) + 1
     return (1 - overlap / (probability.sum(1) + mask.sum(1) + 1)).mean()
+
+
+PRETRAINED_SWIN = "swin_base_patch4_window12_384.ms_in22k"  # the paper's, by timm's name
+PRETRAINED_BERT = "google-bert/bert-base-uncased"  # and by transformers'
+
+
+def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
+    """Start Swin from pretrained weights; returns a line on what was loaded.
+
+    Args:
+        source: a file, timm's own (.safetensors or .pth) or Microsoft's (.pth), or a model's name in timm.
+        window_size: of the model; where the map is smaller, timm's filter fits the position tables to it.
+
+    Raises ValueError if the file can't be read or any tensor is missing or of another shape; nothing is loaded then.
+    """
+    try:
+        if Path(source).exists() or Path(source).suffix in (".safetensors", ".pth"):
+            weights = timm.models.load_state_dict(source)
+        else:
+            weights = timm.create_model(source, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # of the hub, of safetensors, of pickle: many classes
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"no Swin weights from {source} ({reason}). Give a file with --swin, or start at random: --no-pretrained"
+        ) from None
+    ours = swin.state_dict()
+    for name, table in weights.items():  # the filter would stretch another model's tables to fit
+        if name.endswith("relative_position_bias_table"):
+            if name not in ours or table.shape != ((2 * window_size - 1) ** 2, ours[name].shape[1]):
+                raise ValueError(f"{source} is of another Swin: its {name} is {list(table.shape)}")
+    weights = checkpoint_filter_fn(weights, swin)  # Microsoft's names to timm's; stored masks and indices dropped
+    left_out = sorted({name.split(".")[0] for name in weights} & {"norm", "head"})
+    weights = {name: value for name, value in weights.items() if name.split(".")[0] not in left_out}
+    check_fit(source, ours, weights)
+    swin.load_state_dict(weights)
+    return (
+        f"Swin: {len(weights)} tensors from {source}; left out, for VEGA has none: {', '.join(left_out) or 'nothing'}"
+    )
+
+
+def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
+    """Pretrained BERT without its pooler, and its tokenizer, from a folder or by a model's name in transformers.
+
+    Raises ValueError if it can't be read, or if any tensor is missing or of another shape.
+    """
+    try:
+        tokenizer = BertTokenizer.from_pretrained(source)
+        bert, report = BertModel.from_pretrained(
+            source, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"no BERT from {source} ({reason}). Give a folder with --bert, or start at random: --no-pretrained"
+        ) from None
+    absent = [*report["missing_keys"], *report["mismatched_keys"]]
+    if absent:
+        raise ValueError(
+            f"{source} does not fit BERT: {len(absent)} tensors are missing or differ, the first {absent[0]}"
+        )
+    return bert, tokenizer
+
+
+def check_fit(source: str, ours: dict, theirs: dict) -> None:
+    """Raise ValueError unless both state dicts have the same names and shapes."""
+    for name in [*ours, *theirs]:
+        a, b = (list(state[name].shape) if name in state else "missing" for state in (ours, theirs))
+        if a != b:
+            raise ValueError(f"{source} does not fit the model: {name} is {b} there and {a} here")

@@ -13,17 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 
 import data
 import evaluate
+import model as model_module
 import train
 from model import VEGA, EarlyFusion, VEGAConfig, VisionEncoder
 from selection import VISBlock, pixel_contrastive_loss
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)  # many threads on few and busy cores wait for each other
 SMALL = {  # a few scenes, for the tests that only need some data
     "train": (16, ("attribute", "place", "relation")),
     "val": (6, ("attribute", "place", "relation")),
@@ -61,7 +66,7 @@ def random_batch(config: VEGAConfig, size: int = 2, words: tuple[int, ...] = (7,
     return image, ids, mask
 
 
-# --- selection.py --------------------------------------------------------------------------------------------
+# Selection.py
 
 
 def algorithm_1(block: VISBlock, F_v, Q_l, mask_l, ratio):
@@ -141,7 +146,7 @@ def test_contrastive_loss_is_equation_5():
     assert log_tau.grad.item() == pytest.approx(difference, rel=1e-4)
 
 
-# --- model.py ------------------------------------------------------------------------------------------------
+# Model.py
 
 
 def test_early_fusion_is_lavt_in_plain_loops():
@@ -284,7 +289,7 @@ def test_impossible_configs_are_refused(overrides):
         VEGA(VEGAConfig.tiny(**overrides))
 
 
-# --- data.py -------------------------------------------------------------------------------------------------
+# Data.py
 
 
 def random_polygon(rng) -> list[float]:
@@ -449,7 +454,7 @@ def test_shuffled_expressions_come_from_another_image(small):
     dataset = data.RefDataset("shapes", "val", small)
     dataset.use(data.make_tokenizer(dataset.expressions), 21, 64, training=False)
     before = list(dataset.sentences)
-    image_of = lambda number: dataset.objects[number][0]["id"]
+    image_of = lambda number: dataset.objects[number].image_id
     owners = collections.defaultdict(set)
     for number, expression in before:
         owners[expression].add(image_of(number))
@@ -461,31 +466,384 @@ def test_shuffled_expressions_come_from_another_image(small):
     assert torch.equal(encoded, dataset.input_ids)
 
 
-def test_a_hostile_refs_pickle_is_refused_and_nothing_runs(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'ran'}",)
+class Hostile:
+    """Creates a file when it is unpickled."""
 
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+def test_a_hostile_refs_pickle_is_refused_and_nothing_runs(tmp_path):
     for protocol in (0, 2, 4):
-        (tmp_path / "refs.p").write_bytes(pickle.dumps([{"split": Hostile()}], protocol))
+        (tmp_path / "refs.p").write_bytes(pickle.dumps([{"split": Hostile(tmp_path / "ran")}], protocol))
         with pytest.raises(data.InputError, match="refused"):
             data.read_refs(tmp_path / "refs.p")
+    (tmp_path / "refs.p").write_bytes(b"cantigravity\nfly\n.")  # would only import
+    with pytest.raises(data.InputError, match="antigravity"):
+        data.read_refs(tmp_path / "refs.p")
+    assert not (tmp_path / "ran").exists() and "antigravity" not in sys.modules
+
+
+def python_2_pickle(value, protocol: int) -> bytes:
+    """The opcodes that Python 2 wrote for numbers, byte strings (str there), unicode, lists and dicts."""
+
+    def write(v) -> bytes:
+        if isinstance(v, int):
+            return b"I%d\n" % v if protocol == 0 else b"J" + v.to_bytes(4, "little", signed=True)
+        if isinstance(v, bytes):
+            if protocol == 0:
+                return b"S" + repr(v)[1:].encode() + b"\n"
+            return b"U" + bytes([len(v)]) + v if len(v) < 256 else b"T" + len(v).to_bytes(4, "little") + v
+        if isinstance(v, str):
+            encoded = v.encode("raw_unicode_escape" if protocol == 0 else "utf-8")
+            return b"V" + encoded + b"\n" if protocol == 0 else b"X" + len(encoded).to_bytes(4, "little") + encoded
+        if isinstance(v, list):
+            items = [write(item) for item in v]
+            return b"(l" + b"".join(item + b"a" for item in items) if protocol == 0 else b"](" + b"".join(items) + b"e"
+        pairs = [(write(key), write(item)) for key, item in v.items()]
+        if protocol == 0:
+            return b"(d" + b"".join(key + item + b"s" for key, item in pairs)
+        return b"}(" + b"".join(key + item for key, item in pairs) + b"u"
+
+    return (b"\x80\x02" if protocol == 2 else b"") + write(value) + b"."
+
+
+WORDS = ["man on the left".encode(), "caf\u00e9 table".encode(), "caf\u00e9 chair".encode("latin-1"), "\u732b on sofa"]
+
+
+def write_refer(folder: Path, name: str, images: str, protocol: int, size=(80, 60), scenes: int = 4) -> Path:
+    """A miniature of a REFER dataset in its exact layout: `scenes` images a split, two objects each."""
+    dataset, rng = data.DATASETS[name], np.random.default_rng(0)
+    (folder / dataset.folder).mkdir(parents=True)
+    (folder / images).mkdir(parents=True)
+    width, height = size
+    instances = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+    refs = []
+    for split in dataset.splits:
+        for _ in range(scenes):
+            image_id = 1000 + len(instances["images"])
+            file = f"COCO_train2014_{image_id:012d}.jpg"
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / images / file)
+            instances["images"].append({"id": image_id, "file_name": file, "height": height, "width": width})
+            for k in range(2):
+                ann_id = 5000 + len(instances["annotations"])
+                left = k * width / 2
+                polygon = [left + 2.5, 3, left + width / 3, 3, left + width / 3, height - 4.5, left + 2.5, height - 4.5]
+                segmentation = (
+                    [polygon, [1.0, 1.0, 2.0, 2.0]]
+                    if k
+                    else {"size": [height, width], "counts": [300, 200, height * width - 500]}
+                )
+                instances["annotations"].append(
+                    {"id": ann_id, "image_id": image_id, "category_id": 1, "segmentation": segmentation}
+                )
+                sentences = [
+                    {
+                        b"sent_id": 10 * len(refs) + i,
+                        b"sent": b"x",
+                        b"raw": WORDS[(len(refs) + i) % 4],
+                        b"tokens": [b"x"],
+                    }
+                    for i in range(2)
+                ]
+                refs.append({
+                    b"ref_id": len(refs), b"ann_id": ann_id, b"image_id": image_id, b"category_id": 1, b"split": split.encode(),
+                    b"file_name": file.replace(".jpg", f"_{k}.jpg").encode(), b"sent_ids": [s[b"sent_id"] for s in sentences], b"sentences": sentences,
+                })  # fmt: skip
+    (folder / dataset.folder / "instances.json").write_text(json.dumps(instances))
+    (folder / dataset.folder / dataset.refs).write_bytes(python_2_pickle(refs, protocol))
+    return folder
+
+
+COCO_PLACES = ("images/train2014", "images/mscoco/images/train2014")
+
+
+@pytest.mark.parametrize(
+    "name, images, protocol", [("refcoco", 0, 0), ("refcoco+", 1, 2), ("refcocog-umd", 0, 2), ("refcocog-google", 1, 0)]
+)
+def test_a_miniature_refcoco_trains_evaluates_and_is_checked(name, images, protocol, tmp_path, capsys):
+    folder = write_refer(tmp_path / "data", name, COCO_PLACES[images], protocol)
+    common = ["--dataset", name, "--data", str(folder), "--workers", "0"]
+    scores = train.main(
+        [
+            *common,
+            "--model",
+            "tiny",
+            "--image-size",
+            "32",
+            "--batch-size",
+            "2",
+            "--max-steps",
+            "2",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
+    assert list(scores) == list(data.DATASETS[name].splits)[1:]
+    assert all(row["samples"] == 16 for row in scores.values())
+    last = list(scores)[-1]
+    again = evaluate.main([*common, "--checkpoint", str(tmp_path / "run" / "best.pt"), "--split", last])
+    assert again == {last: scores[last]}
+    _, tokenizer = evaluate.restore(evaluate.read_checkpoint(tmp_path / "run" / "best.pt"), torch.device("cpu"))
+    assert {"cafe", "left", "\u732b"} <= set(tokenizer.get_vocab())  # BERT strips accents
+
+    capsys.readouterr()
+    known = [size for sizes in data.DATASETS[name].splits.values() for size in sizes if size is not None]
+    with pytest.raises(SystemExit):  # the sizes are not the real ones
+        data.main(["--check", name, "--data", str(folder), "--all"])
+    printed = capsys.readouterr().out
+    assert printed.count("WRONG") == len(known) and "image files missing" in printed
+    some = sorted((folder / COCO_PLACES[images]).iterdir())
+    some[0].unlink()
+    some[1].write_bytes(some[1].read_bytes()[:200])
+    with pytest.raises(SystemExit):
+        data.main(["--check", name, "--data", str(folder), "--all"])
+    printed = capsys.readouterr().out
+    assert f"missing: {some[0].name}" in printed and f"broken: {some[1].name}" in printed
+
+
+def test_splits_and_image_names(tmp_path):
+    folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
+    with pytest.raises(data.InputError, match="testC.*train, val, testA, testB"):
+        data.RefDataset("refcoco", "testC", folder)
+    dataset = data.RefDataset("refcoco", "val", folder)
+    assert [number for number, _ in dataset.sentences] == [i // 2 for i in range(16)]
+    assert dataset.objects[0].file_name == "COCO_train2014_000000001004.jpg"
+    assert dataset.mask(0).sum() == 200 and dataset.expressions[0] == WORDS[0].decode()
+
+
+def test_evaluation_decodes_an_image_once(tmp_path, monkeypatch):
+    folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
+    dataset = data.RefDataset("refcoco", "val", folder)
+    dataset.use(data.make_tokenizer(dataset.expressions), 21, 32, training=False)
+    opened = []
+    monkeypatch.setattr(data, "open_image", lambda path, real=data.open_image: opened.append(path) or real(path))
+    batches = dataset.batches(6)
+    for batch in batches:
+        for index in batch:
+            dataset[index]
+    assert len(opened) == 4 and sorted(sum(batches, [])) == list(range(16))
+    assert {len(batch) for batch in batches} == {4}  # four sentences an image: none is split
+
+
+class LeftQuarter(torch.nn.Module):
+    """Says +1 in the first of four columns and -1 elsewhere."""
+
+    def forward(self, image, input_ids, attention_mask):
+        logits = -torch.ones(len(image), 4, 4)
+        logits[:, :, 0] = 1
+        return {"logits": logits}
+
+
+def test_the_two_resolutions_differ_by_a_known_amount(tmp_path):
+    """The target is the first 3 of 8 columns. Nearest to 4 columns keeps the 1st of columns 1, 3, 5, 7: IoU 1. At the
+    original size the logits 1, -1 become 1, 0.5, -0.5, -1 by bilinear resizing: two columns of three."""
+    folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2, size=(8, 4), scenes=1)
+    file = folder / "refcoco" / "instances.json"
+    instances = json.loads(file.read_text())
+    for annotation in instances["annotations"]:
+        annotation["segmentation"] = [[0, 0, 3, 0, 3, 4, 0, 4]]
+    file.write_text(json.dumps(instances))
+    dataset = data.RefDataset("refcoco", "val", folder)
+    dataset.use(data.make_tokenizer(dataset.expressions), 21, 4, training=False)
+    scores = {
+        resolution: evaluate.evaluate(LeftQuarter(), dataset, torch.device("cpu"), resolution=resolution).compute()[
+            "mIoU"
+        ]
+        for resolution in ("input", "original")
+    }
+    assert scores == pytest.approx({"input": 100, "original": 200 / 3})
+
+
+def microsoft(weights: dict) -> dict:
+    """timm's Swin-B state dict -> the layout of Microsoft's swin_base_patch4_window12_384_22k.pth."""
+    renamed = {}
+    for name, value in weights.items():
+        name = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
+        renamed[name.replace("head.fc.", "head.")] = value
+    for stage, depth in enumerate((2, 2, 18, 2)):
+        for block in range(depth):
+            renamed[f"layers.{stage}.blocks.{block}.attn.relative_position_index"] = torch.zeros(
+                144, 144, dtype=torch.int64
+            )
+            if block % 2 and stage < 3:
+                renamed[f"layers.{stage}.blocks.{block}.attn_mask"] = torch.zeros(4, 144, 144)
+    return {"model": renamed}
+
+
+def test_swin_weights_load_from_every_format_or_not_at_all(tmp_path):
+    torch.manual_seed(0)
+    full = timm.create_model("swin_base_patch4_window12_384", num_classes=21841).eval()
+    weights = full.state_dict()
+    assert "head.fc.weight" in weights and "layers.3.downsample.norm.weight" in weights
+    safetensors.torch.save_file(weights, tmp_path / "timm.safetensors")
+    torch.save(weights, tmp_path / "timm.pth")
+    torch.save(microsoft(weights), tmp_path / "microsoft.pth")
+    with torch.no_grad():
+        image = torch.randn(1, 3, 384, 384)
+        wanted = full.layers(full.patch_embed(image))  # 384 is tiled by windows of 12: timm's own order is right there
+    config = VEGAConfig.base(image_size=384, bert=dict(vocab_size=10, hidden_size=8))
+    for file in ("timm.safetensors", "timm.pth", "microsoft.pth"):
+        swin = VisionEncoder(config).swin.eval()
+        said = model_module.load_swin(swin, str(tmp_path / file), 12)
+        assert file in said and "head, norm" in said
+        with torch.no_grad():
+            torch.testing.assert_close(swin.layers(swin.patch_embed(image)), wanted, rtol=1e-5, atol=1e-5)
+
+    whole = (tmp_path / "timm.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "timm.pth").read_bytes()[:100_000_000])
+    torch.save(timm.create_model("swin_tiny_patch4_window7_224").state_dict(), tmp_path / "tiny.pth")
+    torch.save({k: v for k, v in weights.items() if k != "layers.2.blocks.7.mlp.fc1.weight"}, tmp_path / "missing.pth")
+    torch.save({"model": Hostile(tmp_path / "ran")}, tmp_path / "hostile.pth")
+    before = {name: value.clone() for name, value in swin.state_dict().items()}
+    for file, message in (
+        ("cut.safetensors", "no Swin weights from"), ("cut.pth", "no Swin weights from"), ("tiny.pth", "another Swin"),
+        ("missing.pth", "layers.2.blocks.7.mlp.fc1.weight is missing"), ("absent.pth", "no Swin weights from"),
+        ("hostile.pth", "no Swin weights from"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model_module.load_swin(swin, str(tmp_path / file), 12)
+    assert all(torch.equal(value, before[name]) for name, value in swin.state_dict().items())
     assert not (tmp_path / "ran").exists()
 
 
-def test_refs_written_by_python_2(tmp_path):
-    """Protocol-2 opcodes with byte strings, as Python 2 wrote them: UTF-8, and one in Latin-1."""
+def test_bert_loads_from_a_folder_of_any_size(small, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64
+    )
+    bert = transformers.BertModel(config)
+    bert.save_pretrained(tmp_path / "bert")
+    data.make_tokenizer(["red blue left circle square"]).save_pretrained(tmp_path / "bert")
+    command = [
+        "--data",
+        str(small),
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "4",
+        "--lr",
+        "0",
+        "--bert",
+        str(tmp_path / "bert"),
+    ]
+    train.main([*command, "--out", str(tmp_path / "run")])
+    model, tokenizer = evaluate.restore(evaluate.read_checkpoint(tmp_path / "run" / "best.pt"), torch.device("cpu"))
+    for name, value in model.bert.state_dict().items():
+        assert torch.equal(value, bert.state_dict()[name]), name
+    assert (
+        len(tokenizer) == 10
+        and tokenizer("red circle")["input_ids"]
+        == data.make_tokenizer(["red blue left circle square"])("red circle")["input_ids"]
+    )
+    weights = safetensors.torch.load_file(tmp_path / "bert" / "model.safetensors")
+    weights.pop("encoder.layer.1.output.dense.weight")
+    safetensors.torch.save_file(weights, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="encoder.layer.1.output.dense.weight"):
+        train.main([*command, "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
 
-    def short(value: bytes) -> bytes:
-        return b"U" + bytes([len(value)]) + value
 
-    items = [(b"raw", "caf\u00e9 table".encode()), (b"sent", "caf\u00e9".encode("latin-1")), (b"split", b"val")]
-    pairs = b"".join(short(key) + short(value) for key, value in items)
-    (tmp_path / "refs.p").write_bytes(b"\x80\x02](}(" + pairs + b"ue.")
-    assert data.read_refs(tmp_path / "refs.p") == [{"raw": "caf\u00e9 table", "sent": "caf\u00e9", "split": "val"}]
+def test_a_hostile_checkpoint_is_refused_and_nothing_runs(tmp_path):
+    torch.save({"format": 1, "model": Hostile(tmp_path / "ran")}, tmp_path / "best.pt")
+    with pytest.raises(SystemExit, match="can't be read as a checkpoint"):
+        evaluate.main(["--checkpoint", str(tmp_path / "best.pt")])
+    assert not (tmp_path / "ran").exists()
 
 
-# --- evaluate.py ---------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_scale(tmp_path, capsys):
+    """20,000 images, 50,000 objects, 142,000 sentences. `pytest -m slow -k scale -s` prints the figures of the README."""
+    rng, splits = np.random.default_rng(0), ("train",) * 17 + ("val", "testA", "testB")
+    folder = tmp_path / "images" / "train2014"
+    folder.mkdir(parents=True)
+    (tmp_path / "refcoco").mkdir()
+    noise = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(
+        (640, 480), Image.Resampling.BICUBIC
+    )
+    noise.save(folder / "0.jpg", quality=90)
+    images, annotations, refs = [], [], []
+    for i in range(20_000):
+        if i:
+            (folder / f"{i}.jpg").hardlink_to(folder / "0.jpg")
+        images.append({"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640})
+    for i in range(50_000):
+        for extra in range(4):  # instances.json holds every object of the images, also those that nobody refers to
+            angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(10, 60))))
+            points = np.stack([320 + 150 * np.cos(angles), 240 + 150 * np.sin(angles)], 1).round(2)
+            annotations.append({
+                "id": 4 * i + extra, "image_id": i % 20_000, "category_id": 1, "iscrowd": 0, "area": 1.0, "bbox": [0.0, 0.0, 1.0, 1.0],
+                "segmentation": [points.ravel().tolist()],
+            })  # fmt: skip
+        sentences = [
+            {
+                "sent_id": 3 * i + s,
+                "raw": f"the thing number {i} on the left",
+                "sent": "the thing",
+                "tokens": ["the", "thing"],
+            }
+            for s in range(3 if i < 42_000 else 2)
+        ]
+        refs.append(
+            {
+                "ref_id": i,
+                "ann_id": 4 * i,
+                "image_id": i % 20_000,
+                "category_id": 1,
+                "split": splits[i % 20],
+                "sentences": sentences,
+                "sent_ids": [s["sent_id"] for s in sentences],
+                "file_name": "x",
+            }
+        )
+    (tmp_path / "refcoco" / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (tmp_path / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    megabytes = (tmp_path / "refcoco" / "instances.json").stat().st_size / 2**20
+    assert sum(len(ref["sentences"]) for ref in refs) == 142_000
+    done = run("-c", SCALE, tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    with capsys.disabled():
+        print(f"\ninstances.json of {megabytes:.0f} MB: {figures}")
+    assert figures["seconds to index"] <= 20 and figures["MB with 4 workers"] <= 1024
+    assert figures["samples/s of one worker"] >= 60  # 100 on an idle machine
+
+
+SCALE = """
+import json, sys, time
+import torch
+import data
+
+def proportional(pid):  # MB of a process, shared pages counted in parts
+    return sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")) / 1024
+
+torch.set_num_threads(1)
+before, started = proportional("self"), time.perf_counter()
+train, val = (data.RefDataset("refcoco", split, sys.argv[1]) for split in ("train", "val"))
+tokenizer = data.make_tokenizer(["the thing number on the left"])
+train.use(tokenizer, 21, 480, training=True), val.use(tokenizer, 21, 480, training=False)
+seconds = time.perf_counter() - started
+loader = lambda workers, steps: data.start_loader(torch.utils.data.DataLoader(train, batch_sampler=data.TrainingBatches(len(train), 16, 0, steps, 0), num_workers=workers))
+batches = loader(4, 200)
+for _ in range(60):
+    next(batches)
+memory = proportional("self") + sum(proportional(worker.pid) for worker in batches._workers) - before
+del batches
+batches = loader(1, 40)
+next(batches)
+started = time.perf_counter()
+for _ in range(30):
+    next(batches)
+speed = 30 * 16 / (time.perf_counter() - started)
+print(json.dumps({"seconds to index": round(seconds, 1), "MB with 4 workers": round(memory), "samples/s of one worker": round(speed)}))
+"""
+
+
+# Evaluate.py
 
 
 def test_metrics_worked_by_hand():
@@ -604,6 +962,37 @@ def test_resume_goes_on_as_if_nothing_had_happened(small, tmp_path, monkeypatch)
         assert torch.equal(value, cut["model"][name]), name
 
 
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        ("train.py", ["--lr", "-1"], "--lr is -1.0, but must be at least 0"),
+        ("train.py", ["--device", "gpu"], "--device gpu can't be used here"),
+        ("train.py", ["--batch-size", "0"], "must be at least 1"),
+        ("train.py", ["--image-size", "130"], "multiple of 4"),
+        ("train.py", ["--resume", "--dice", "0"], "this run has --dice 1.0, not 0.0"),
+        ("train.py", ["--resume", "--no-coordinates"], "this run has --coordinates True, not False"),
+        ("evaluate.py", ["--split", "tetsB"], "no split 'tetsB'; it has train, val, testA, testB"),
+        ("evaluate.py", ["--pictures", "-1"], "must be at least 0"),
+        ("evaluate.py", ["--workers", "-1"], "must be at least 0"),
+        ("evaluate.py", ["--json", "nowhere/x.json"], "there is no folder nowhere"),
+        ("evaluate.py", ["--checkpoint", "runs"], "is a folder"),
+        ("evaluate.py", ["--checkpoint", str(HERE / "README.md")], "can't be read as a checkpoint"),
+        ("evaluate.py", ["--image", "absent.jpg", "--expression", "red"], "there is no image absent.jpg"),
+        ("evaluate.py", ["--image", str(HERE / "README.md"), "--expression", "red"], "can't be read as an image"),
+        ("evaluate.py", ["--image", str(HERE / "assets/shapes.png"), "--expression", "  "], "expression is empty"),
+        ("evaluate.py", ["--image", "absent.jpg"], "--image and --expression go together"),
+    ],
+)
+def test_a_wrong_input_gets_one_clear_message(script, flags, message, trained, small, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    before = sorted(trained.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        {"train.py": train, "evaluate.py": evaluate}[script].main([*flags, "--data", str(small)])
+    assert stopped.value.code not in (0, None)
+    assert message in str(stopped.value.code) + capsys.readouterr().err
+    assert sorted(trained.rglob("*")) == before
+
+
 def test_an_occupied_folder_is_not_overwritten(trained, small):
     (out,) = (trained / "runs").iterdir()
     before = (out / "best.pt").read_bytes()
@@ -612,7 +1001,7 @@ def test_an_occupied_folder_is_not_overwritten(trained, small):
     assert (out / "best.pt").read_bytes() == before
 
 
-# --- several processes ---------------------------------------------------------------------------------------
+# Several processes
 
 
 @pytest.mark.slow

@@ -13,31 +13,30 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
-import timm
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertModel, BertTokenizer
+from transformers import BertTokenizer
 
-from data import DATASETS, InputError, RefDataset, TrainingBatches, command_line, make_tokenizer
+from data import DATASETS, InputError, RefDataset, TrainingBatches, command_line, make_tokenizer, start_loader
 from evaluate import (
-    FORMAT, autocast, common_flags, evaluate, newest_run, rank, read_checkpoint, resolve_precision, restore,
-    start_processes, world,
+    FORMAT, autocast, check_numbers, common_flags, evaluate, newest_run, rank, read_checkpoint, resolve_precision,
+    restore, start_processes, world,
 )  # fmt: skip
 from evaluate import main as evaluate_main
-from model import VEGA, VEGAConfig
+from model import BERT_FIELDS, PRETRAINED_BERT, PRETRAINED_SWIN, VEGA, VEGAConfig, load_bert, load_swin
 
 # what each model is trained with unless a flag says otherwise; base: Sec. 4.1
 RECIPES = {
-    "tiny": dict(epochs=3, batch_size=16, lr=7e-4, weight_decay=0.01, validate_every=500, log_every=10, workers=0),
+    "tiny": dict(epochs=3, batch_size=16, lr=7e-4, weight_decay=0.01, validate_every=None, log_every=10, workers=0),
     "base": dict(epochs=40, batch_size=16, lr=3e-5, weight_decay=0.01, validate_every=None, log_every=50, workers=4),
 }
-PRETRAINED_SWIN, PRETRAINED_BERT = "swin_base_patch4_window12_384.ms_in22k", "google-bert/bert-base-uncased"
 MODEL_FLAGS = ("image_size", "ratio", "drop_path", "dropout", "dice", "coordinates")  # fields of VEGAConfig
 
 
@@ -59,19 +58,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--coordinates", action=argparse.BooleanOptionalAction, help="add pixel coordinates to the patch embedding")
     flag("--ratio", type=float, help="of the pixels that each word selects (default: 0.3; Table 6)")
     flag("--seed", type=int, help="of the starting weights, the samples' order and choice, and dropout (default: 0)")
+    flag("--swin", metavar="SOURCE", help="weights: a file, or a model's name in timm (base: ImageNet-22K's)")
+    flag("--bert", metavar="SOURCE", help="a folder, or a model's name in transformers (base: BERT-base uncased)")
     flag("--no-pretrained", action="store_true", help="start base at random, not from pretrained weights")
     flag("--out", metavar="DIR", help="default: runs/DATASET-TIME")
     flag("--overwrite", action="store_true", help="let --out replace the run that is there")
     flag("--resume", action="store_true", help="go on from last.pt of --out, or of the newest run")
     flag("--checkpoint-every", type=int, metavar="STEPS", help="write last.pt also between validations")
     flag("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
-    flag("--validate-every", type=int, metavar="STEPS", help="default: every epoch; 500 for tiny")
+    flag("--validate-every", type=int, metavar="STEPS", help="default: every epoch")
     # fmt: on
     common_flags(parser)
+    parser.set_defaults(no_pretrained=None, overwrite=None, resume=None, compile=None)  # None: not given
     args = parser.parse_args(argv)
-    for name in ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    counts = ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every")
+    shares = ("lr", "weight_decay", "dropout", "drop_path", "dice", "seed", "workers")
+    check_numbers(parser, args, at_least_1=counts, at_least_0=shares)
     return args
 
 
@@ -79,9 +81,11 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what the command line left open, from the recipe of the model's preset."""
     args.dataset = args.dataset or "shapes"
     args.model = args.model or ("tiny" if args.dataset == "shapes" else "base")
-    args.pretrained = args.model == "base" and not args.no_pretrained
+    if args.model == "base" and not args.no_pretrained:
+        args.swin, args.bert = args.swin or PRETRAINED_SWIN, args.bert or PRETRAINED_BERT
     args.seed = args.seed or 0
-    for name, value in RECIPES[args.model].items():
+    preset = getattr(VEGAConfig, args.model)()
+    for name, value in {**RECIPES[args.model], **{name: getattr(preset, name) for name in MODEL_FLAGS}}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.batch_size % world():
@@ -99,7 +103,7 @@ def take_settings(args: argparse.Namespace, saved: dict) -> argparse.Namespace:
     """The settings of the run to go on with; a flag that says otherwise is an error, but for the machine's own."""
     machine = ("device", "data", "workers", "out", "resume", "overwrite")
     for name, value in vars(args).items():
-        if name not in machine and value not in (None, False) and value != saved[name]:
+        if name not in machine and value is not None and value != saved[name]:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"this run has {flag} {saved[name]}, not {value}: leave the flag out to go on with it")
     ours = {name: getattr(args, name) for name in machine if getattr(args, name) is not None}
@@ -118,26 +122,25 @@ def rank_0_first():
 
 def build(args: argparse.Namespace, words: list[str]) -> tuple[VEGA, BertTokenizer]:
     """The model at its starting weights, and its tokenizer: pretrained BERT's, or one made of the training words."""
-    overrides = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name, None) is not None}
-    if args.pretrained:
-        tokenizer = AutoTokenizer.from_pretrained(PRETRAINED_BERT)
-        bert = BertModel.from_pretrained(PRETRAINED_BERT, add_pooling_layer=False, dtype=torch.float32)
-        overrides["bert"] = {name: getattr(bert.config, name) for name in VEGAConfig().bert}
-    else:
-        tokenizer = make_tokenizer(words)
+    overrides = {name: getattr(args, name) for name in MODEL_FLAGS}
+    say = print if rank() == 0 else str
     try:
+        if args.bert:
+            bert, tokenizer = load_bert(args.bert)
+            overrides["bert"] = {name: getattr(bert.config, name) for name in BERT_FIELDS}
+        else:
+            tokenizer = make_tokenizer(words)
         config = getattr(VEGAConfig, args.model)(**overrides)
-        if not args.pretrained:
-            config.bert["vocab_size"] = len(tokenizer)
+        config.bert["vocab_size"] = len(tokenizer) if not args.bert else bert.config.vocab_size
         torch.manual_seed(args.seed)
         model = VEGA(config)
+        if args.bert:
+            model.bert.load_state_dict(bert.state_dict())
+            say(f"BERT: {len(bert.state_dict())} tensors from {args.bert}; left out, for VEGA has none: pooler")
+        if args.swin:
+            say(load_swin(model.vision.swin, args.swin, config.window_size))
     except ValueError as error:
         raise InputError(str(error)) from None
-    if args.pretrained:
-        model.bert.load_state_dict(bert.state_dict())
-        swin = timm.create_model(PRETRAINED_SWIN, pretrained=True, num_classes=0, img_size=config.image_size)
-        swin.norm = torch.nn.Identity()
-        model.vision.swin.load_state_dict(swin.state_dict())
     return model, tokenizer
 
 
@@ -181,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
         name = [out]
         dist.broadcast_object_list(name)  # the clock of rank 0 names the run
         (out,) = name
-    precision = resolve_precision(args.precision, device)
+    args.precision = precision = resolve_precision(args.precision, device)
 
     # data and model
     train_split, val_split, *test_splits = DATASETS[args.dataset].splits
@@ -200,15 +203,15 @@ def main(argv: list[str] | None = None) -> dict:
     steps_per_epoch = len(train) // args.batch_size
     total = args.max_steps or args.epochs * steps_per_epoch
     validate_every = args.validate_every or steps_per_epoch
-    start, best = 0, -1.0
+    done, best = 0, -1.0
     if resumed is not None:
         optimizer.load_state_dict(resumed["optimizer"])
-        start, best = resumed["step"], resumed["best"]
+        done, best = resumed["step"], resumed["best"]
     parallel = DistributedDataParallel(model) if world() > 1 else model
     forward = torch.compile(parallel) if args.compile else parallel
     loader = DataLoader(
         train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
-        batch_sampler=TrainingBatches(len(train), args.batch_size, start, total, args.seed, rank(), world()),
+        batch_sampler=TrainingBatches(len(train), args.batch_size, done, total, args.seed, rank(), world()),
     )  # fmt: skip
     log = None
     if rank() == 0:
@@ -216,21 +219,21 @@ def main(argv: list[str] | None = None) -> dict:
         log = open(out / "log.jsonl", "w" if resumed is None else "a", buffering=1)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.model} VEGA, {size:.1f} M parameters, on {args.dataset}: {len(train)} objects, {total} steps of "
-              f"{args.batch_size} on {world()} x {device.type}, {precision}; run: {out}")  # fmt: skip
+              f"{args.batch_size} on {world()} x {device.type}, {precision}; run: {out}", flush=True)  # fmt: skip
 
     def checkpoint(step: int) -> dict:
         return {
-            "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": args.precision,
+            "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": precision,
             "config": dataclasses.asdict(config), "args": vars(args),
             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "tokenizer": {"vocab": tokenizer.get_vocab(), "do_lower_case": tokenizer.do_lower_case},
         }  # fmt: skip
 
     # training
-    bar = tqdm(total=total, initial=start, unit="step", disable=True if rank() else None)
-    sums, waited, logged_at, logged_step = {}, 0.0, time.perf_counter(), start
+    bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
+    sums, waited, logged_at, logged_step = {}, 0.0, time.perf_counter(), done
     asked_at = time.perf_counter()
-    for step, batch in enumerate(loader, start + 1):
+    for step, batch in enumerate(start_loader(loader), done + 1):
         waited += time.perf_counter() - asked_at
         model.train()
         lr = args.lr * (1 - (step - 1) / total) ** 0.9  # polynomial decay
@@ -271,6 +274,8 @@ def main(argv: list[str] | None = None) -> dict:
                         "waited": waited / (now - logged_at)}  # fmt: skip
                 log.write(json.dumps(line) + "\n")
                 bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images=f"{speed:.0f}/s")
+                if bar.disable and step % (10 * args.log_every) == 0:  # not a terminal: a line now and then
+                    print(f"step {step} of {total}: loss {means['loss']:.3f}, {speed:.0f} images/s", flush=True)
             sums, waited, logged_at, logged_step = {}, 0.0, now, step
 
         if step % validate_every == 0 or step == total:
@@ -280,6 +285,7 @@ def main(argv: list[str] | None = None) -> dict:
             if log:
                 log.write(json.dumps({"step": step, "split": val_split, **scores}) + "\n")
                 bar.write(f"step {step}: {val_split} mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
+                sys.stdout.flush()
                 if improved:
                     save(out / "best.pt", checkpoint(step))
                 save(out / "last.pt", checkpoint(step))
