@@ -88,16 +88,10 @@ def read_checkpoint(path: str | Path) -> dict:
         raise InputError(f"there is no checkpoint {path}. Train one first: python train.py")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ):  # torch's text would advise to trust it
-        raise InputError(
-            f"{path} can't be read as a checkpoint: it is another kind of file, was cut short, or holds more than plain data"
-        ) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        # torch's own text would advise to load it without weights_only
+        reason = "it is another kind of file, was cut short, or holds more than plain data"
+        raise InputError(f"{path} can't be read as a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of this program")
     if checkpoint["format"] != FORMAT:
