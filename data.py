@@ -41,7 +41,8 @@ def command_line(main):
         try:
             return main(argv)
         except (InputError, OSError) as error:
-            raise SystemExit(f"error: {error}") from error
+            # a loader process sends its traceback along in the message
+            raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from error
 
     return wrapped
 
@@ -56,20 +57,18 @@ class Dataset:
 
 UNKNOWN = (None, None)
 DATASETS = {
-    "shapes": Dataset(
-        "shapes", "refs(shapes).p", dict.fromkeys(("train", "val", "testA", "testB"), UNKNOWN), ("shapes/images",)
-    ),
-    "refcoco": Dataset(
-        "refcoco",
-        "refs(unc).p",
-        {"train": (42404, 16994), "val": (3811, 1500), "testA": (1975, 750), "testB": (1810, 750)},
-    ),
-    "refcoco+": Dataset(
-        "refcoco+", "refs(unc).p", {"train": UNKNOWN, "val": (None, 1500), "testA": (None, 750), "testB": (None, 750)}
-    ),
+    "shapes": Dataset("shapes", "refs(shapes).p", {
+        "train": UNKNOWN, "val": UNKNOWN, "testA": UNKNOWN, "testB": UNKNOWN,
+    }, ("shapes/images",)),
+    "refcoco": Dataset("refcoco", "refs(unc).p", {
+        "train": (42404, 16994), "val": (3811, 1500), "testA": (1975, 750), "testB": (1810, 750),
+    }),
+    "refcoco+": Dataset("refcoco+", "refs(unc).p", {
+        "train": UNKNOWN, "val": (None, 1500), "testA": (None, 750), "testB": (None, 750),
+    }),
     "refcocog-umd": Dataset("refcocog", "refs(umd).p", {"train": UNKNOWN, "val": (None, 1300), "test": (None, 2600)}),
     "refcocog-google": Dataset("refcocog", "refs(google).p", {"train": UNKNOWN, "val": (None, 4650)}),
-}
+}  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
 
 
@@ -477,9 +476,7 @@ def check(name: str, data: str = "data", every_image: bool = False) -> bool:
         except InputError:
             broken.append(str(file))
     row(
-        f"broken among {len(sample)} of {len(there)} image files" + ("" if every_image else " (--all: every one)"),
-        len(broken),
-        0,
+        f"image files broken, of {len(sample)} decoded" + ("" if every_image else " (--all: every one)"), len(broken), 0
     )
     for what, several in (("missing", missing), ("broken", broken)):
         if several:

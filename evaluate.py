@@ -215,15 +215,11 @@ def evaluate(
         pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     metrics = Metrics()
-    quiet = True if rank() else None  # None: quiet when not a terminal
-    for batch in tqdm(
-        start_loader(loader),
-        total=len(loader),
-        desc=f"{dataset.name} {dataset.split}",
-        unit="batch",
-        leave=False,
-        disable=quiet,
-    ):
+    bar = tqdm(
+        start_loader(loader), f"{dataset.name} {dataset.split}", len(loader), leave=False, unit="batch",
+        disable=True if rank() else None,  # None: quiet when not a terminal
+    )  # fmt: skip
+    for batch in bar:
         with autocast(device, precision):
             output = model(*(batch[key].to(device) for key in ("image", "input_ids", "attention_mask")))
         if resolution == "input":
@@ -394,3 +390,5 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

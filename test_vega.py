@@ -605,6 +605,43 @@ def test_a_miniature_refcoco_trains_evaluates_and_is_checked(name, images, proto
     assert f"missing: {some[0].name}" in printed and f"broken: {some[1].name}" in printed
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda f: (f / "refcoco" / "refs(unc).p").unlink(), "refs(unc).p is missing"),
+        (lambda f: (f / "refcoco" / "instances.json").write_text("{"), "instances.json is not JSON"),
+        (lambda f: (f / "refcoco" / "instances.json").write_text("[]"), "not in REFER's format"),
+        (lambda f: (f / "refcoco" / "refs(unc).p").write_bytes(b"\x80\x02]("), "is not a refs pickle"),
+        (lambda f: (f / "refcoco" / "refs(unc).p").write_bytes(b"\x80\x02]."), "holds no sentence"),
+        (lambda f: (f / COCO_PLACES[0]).rename(f / "elsewhere"), "no image folder"),
+        (lambda f: [p.unlink() for p in (f / COCO_PLACES[0]).iterdir()], "there is no image"),
+        (lambda f: [p.write_bytes(p.read_bytes()[:300]) for p in (f / COCO_PLACES[0]).iterdir()], "can't be read as an image"),
+        (lambda f: [p.write_text("<html>") for p in (f / COCO_PLACES[0]).iterdir()], "can't be read as an image"),
+    ],
+)  # fmt: skip
+def test_broken_data_is_told_in_one_line(break_it, message, workers, tmp_path, capfd):
+    folder = write_refer(tmp_path / "data", "refcoco", COCO_PLACES[0], 2)
+    break_it(folder)
+    command = [
+        "--dataset",
+        "refcoco",
+        "--data",
+        str(folder),
+        "--model",
+        "tiny",
+        "--image-size",
+        "32",
+        "--batch-size",
+        "2",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*command, "--workers", workers, "--out", str(tmp_path / "run")])
+    assert message in stopped.value.code and "Traceback" not in stopped.value.code
+    assert len(stopped.value.code.splitlines()) == 1
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
 def test_splits_and_image_names(tmp_path):
     folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
     with pytest.raises(data.InputError, match="testC.*train, val, testA, testB"):
@@ -993,6 +1030,16 @@ def test_a_wrong_input_gets_one_clear_message(script, flags, message, trained, s
     assert sorted(trained.rglob("*")) == before
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cuda(precision, small, tmp_path):
+    """Trains and evaluates on the GPU; in fp32 with the CPU's scores to a point."""
+    command = ["--data", str(small), "--max-steps", "4", "--batch-size", "8", "--precision", precision]
+    scores = train.main([*command, "--device", "cuda", "--out", str(tmp_path / "run")])
+    on_cpu = evaluate.main(["--data", str(small), "--checkpoint", str(tmp_path / "run" / "best.pt"), "--device", "cpu"])
+    assert scores["val"]["mIoU"] == pytest.approx(on_cpu["val"]["mIoU"], abs=1 if precision == "fp32" else 5)
+
+
 def test_an_occupied_folder_is_not_overwritten(trained, small):
     (out,) = (trained / "runs").iterdir()
     before = (out / "best.pt").read_bytes()
@@ -1022,6 +1069,23 @@ def test_two_processes_give_the_gradients_of_one(small, tmp_path):
     assert gradients[0].norm() > 0.1
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-5
+    done = run(
+        HERE / "train.py",
+        "--data",
+        small,
+        "--batch-size",
+        8,
+        "--epochs",
+        1,
+        "--log-every",
+        1,
+        "--out",
+        tmp_path / "epoch",
+        nproc=2,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in open(tmp_path / "epoch" / "log.jsonl")]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow
