@@ -200,10 +200,15 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
-    """An RGB image of any size -> float [3, image_size, image_size], normalised."""
-    pixels = torch.from_numpy(np.array(image.resize((image_size, image_size), Image.Resampling.BILINEAR)))
-    pixels = pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-    return (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    """An RGB image of any size -> uint8 [3, image_size, image_size]; `normalise` makes the model's input of it."""
+    pixels = np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, 3, S, S] -> float, as ImageNet's models expect it; on the model's device, since bytes travel faster."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
+    return (images / 255 - mean) / std
 
 
 # Words
@@ -306,7 +311,7 @@ class RefDataset(torch.utils.data.Dataset):
     Training: item (epoch, i) is object i with one of its sentences, drawn from (seed, epoch, i), so that neither
     workers nor ranks change it. Evaluation: item i is sentence i, and every sentence of every object has its turn.
 
-    Each item is a dict of "image" float [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
+    Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
     int64 [max_tokens], "index" the number of the sentence in `sentences`. The tokenizer is set by `use`, since
     a new one is made of the training split's own words.
 

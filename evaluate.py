@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
 
-from data import DATASETS, InputError, RefDataset, command_line, open_image, start_loader, to_input, tokenize
+from data import DATASETS, InputError, RefDataset, command_line, normalise, open_image, start_loader, to_input, tokenize
 from model import VEGA, VEGAConfig
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -72,6 +72,14 @@ def autocast(device: torch.device, precision: str):
 def resolve_precision(precision: str | None, device: torch.device) -> str:
     """What was asked for, or bf16 on cards that have it and fp32 elsewhere."""
     return precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+
+
+def model_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The arguments of VEGA's forward from a batch of RefDataset, on the device."""
+    image, input_ids, attention_mask = (
+        batch[key].to(device, non_blocking=True) for key in ("image", "input_ids", "attention_mask")
+    )
+    return normalise(image), input_ids, attention_mask
 
 
 # Checkpoints
@@ -132,8 +140,12 @@ class Segmenter:
             raise InputError("the expression is empty: say what to segment, such as 'the man on the left'")
         config = self.model.config
         input_ids, attention_mask = tokenize(self.tokenizer, [expression], config.max_tokens)
-        inputs = to_input(image, config.image_size)[None], input_ids, attention_mask
-        output = self.model(*(tensor.to(self.device) for tensor in inputs))
+        batch = {
+            "image": to_input(image, config.image_size)[None],
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+        }
+        output = self.model(*model_inputs(batch, self.device))
         logits = F.interpolate(output["logits"][:, None], (image.height, image.width), mode="bilinear")
         return (logits[0, 0] > 0).cpu().numpy()
 
@@ -221,7 +233,7 @@ def evaluate(
     )  # fmt: skip
     for batch in bar:
         with autocast(device, precision):
-            output = model(*(batch[key].to(device) for key in ("image", "input_ids", "attention_mask")))
+            output = model(*model_inputs(batch, device))
         if resolution == "input":
             metrics.update(output["logits"] > 0, batch["mask"].to(device), batch["index"])
             continue
@@ -261,7 +273,7 @@ def picture_sheet(model: VEGA, dataset: RefDataset, device: torch.device, path: 
         draw.text((10 + column * (side + 10), 4), title, "black", font_size=15)
     for row, index in enumerate(picked):
         item = dataset[index]
-        output = model(*(item[key][None].to(device) for key in ("image", "input_ids", "attention_mask")))
+        output = model(*model_inputs(torch.utils.data.default_collate([item]), device))
         height, width = output["similarity"].shape[1:]
         prediction = (output["logits"][0] > 0).cpu()
         selected = output["selection"].M[0, 0].unflatten(0, (height, width)).bool().cpu()

@@ -272,7 +272,7 @@ def test_an_untrained_tiny_model_learns_one_batch(small):
     model = VEGA(config)
     optimizer = train.make_optimizer(model, 1e-3, 0.01)
     for _ in range(200):
-        output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
+        output = model(*evaluate.model_inputs(batch, torch.device("cpu")))
         metrics = evaluate.Metrics()
         metrics.update(output["logits"] > 0, batch["mask"])
         if min(metrics.ious()) > 0.9:

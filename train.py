@@ -26,8 +26,8 @@ from transformers import BertTokenizer
 
 from data import DATASETS, InputError, RefDataset, TrainingBatches, command_line, make_tokenizer, start_loader
 from evaluate import (
-    FORMAT, autocast, check_numbers, common_flags, evaluate, newest_run, rank, read_checkpoint, resolve_precision,
-    restore, start_processes, world,
+    FORMAT, autocast, check_numbers, common_flags, evaluate, model_inputs, newest_run, rank, read_checkpoint,
+    resolve_precision, restore, start_processes, world,
 )  # fmt: skip
 from evaluate import main as evaluate_main
 from model import BERT_FIELDS, PRETRAINED_BERT, PRETRAINED_SWIN, VEGA, VEGAConfig, load_bert, load_swin
@@ -241,7 +241,6 @@ def main(argv: list[str] | None = None) -> dict:
             group["lr"] = lr
         torch.manual_seed((args.seed << 40) + (step << 12) + rank())  # dropout depends on nothing before this step
         optimizer.zero_grad()
-        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         micros = [
             dict(zip(batch, values)) for values in zip(*(value.split(args.micro_batch) for value in batch.values()))
         ]
@@ -249,8 +248,8 @@ def main(argv: list[str] | None = None) -> dict:
             last = i == len(micros) - 1
             with contextlib.nullcontext() if last or world() == 1 else parallel.no_sync():  # gradients meet once a step
                 with autocast(device, precision):
-                    output = forward(micro["image"], micro["input_ids"], micro["attention_mask"])
-                losses = model.loss(output, micro["mask"])
+                    output = forward(*model_inputs(micro, device))
+                losses = model.loss(output, micro["mask"].to(device, non_blocking=True))
                 (losses["loss"] / len(micros)).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(micros)
