@@ -99,8 +99,8 @@ def read_refs(path: Path) -> list[dict]:
         refs = text(PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load())
     except InputError as error:
         raise InputError(f"{path} was refused: {error}") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is not a refs pickle ({error}). Is the download whole?") from None
+    except Exception as error:  # a pickle can be wrong in a dozen ways
+        raise InputError(f"{path} is not a refs pickle ({type(error).__name__}). Is the download whole?") from None
     return refs
 
 
@@ -112,17 +112,22 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
             those of fewer than three points cover nothing; or an RLE {"size": [h, w], "counts": ..} with
             counts as a list or as COCO's compressed string.
 
-    Raises InputError if an RLE does not fill the image exactly, or a polygon has an odd length.
+    Raises InputError if an RLE does not fill the image exactly, or a polygon is not a list of pairs of finite numbers
+    within ten times the image.
     """
-    if isinstance(segmentation, dict):
-        return decode_rle(segmentation, height, width)
-    mask = np.zeros((height, width), dtype=bool)
-    for polygon in segmentation:
-        if len(polygon) % 2:
-            raise InputError(f"a polygon has {len(polygon)} numbers, but they come in pairs of x and y")
-        if len(polygon) >= 6:
-            mask |= fill_polygon(np.asarray(polygon, dtype=np.float64).reshape(-1, 2), height, width)
-    return mask
+    try:
+        if isinstance(segmentation, dict):
+            return decode_rle(segmentation, height, width)
+        mask = np.zeros((height, width), dtype=bool)
+        for polygon in segmentation:
+            points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+            if not (np.abs(points) <= 10 * max(height, width)).all():
+                raise ValueError("a polygon has coordinates that are not numbers near the image")
+            if len(points) >= 3:
+                mask |= fill_polygon(points, height, width)
+        return mask
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise InputError(f"a segmentation can't be drawn: {error}") from None
 
 
 def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -160,11 +165,9 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
     if isinstance(counts, (str, bytes)):
         counts = decode_counts(counts.encode() if isinstance(counts, str) else counts)
     counts = np.asarray(counts, dtype=np.int64)
-    if list(rle["size"]) != [height, width] or (counts < 0).any() or counts.sum() != height * width:
-        raise InputError(
-            f"an RLE of size {list(rle['size'])} whose runs cover {counts.sum()} pixels does not fit an image of "
-            f"{height} x {width} = {height * width} pixels"
-        )
+    pixels = height * width
+    if list(rle["size"]) != [height, width] or ((counts < 0) | (counts > pixels)).any() or counts.sum() != pixels:
+        raise ValueError(f"an RLE of size {list(rle['size'])} does not fill an image of {height} x {width} exactly")
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(width, height).T
 
@@ -182,21 +185,26 @@ def decode_counts(text: bytes) -> list[int]:
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value, shift = 0, 0
     if shift:
-        raise InputError("a compressed RLE string ends in the middle of a number")
+        raise ValueError("a compressed RLE string ends in the middle of a number")
     return counts
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An RGB image as it is meant to be seen: rotated as its EXIF tag says, 16-bit grey scaled to 8."""
+    """An image file as RGB; see `to_rgb`. Raises InputError if it can't be read."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I;16") or image.mode == "I":  # convert("RGB") would clip these at 255
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
+        return to_rgb(Image.open(path))
     except FileNotFoundError:
         raise InputError(f"there is no image {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} can't be read as an image ({error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as it is meant to be seen: rotated as its EXIF tag says, 16-bit grey scaled to 8, in RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # convert("RGB") would clip these at 255
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
@@ -255,6 +263,8 @@ def read_annotations(name: str, data: str) -> tuple[list[dict], dict, dict, Path
             )
     refs = read_refs(refs_file)
     try:
+        for key in ("ref_id", "image_id", "split", "sentences"):
+            [ref[key] for ref in refs]  # all must be there
         named = {ref["ann_id"] for ref in refs}
         instances = json.loads(instances_file.read_bytes())
         images = {image["id"]: image for image in instances["images"]}
@@ -296,12 +306,20 @@ def read_objects(name: str, data: str) -> tuple[dict[str, list[Referred]], Path]
                 f"ref {ref['ref_id']} of {name} names image {ref['image_id']} and annotation {ref['ann_id']}, but "
                 f"instances.json lacks one of them: the two files don't belong together"
             )
+        try:
+            sentences = [sentence["raw"].strip() for sentence in ref["sentences"]]
+            if not sentences or not all(sentences):
+                raise ValueError("an object without a sentence, or an empty sentence")
+            if Path(image["file_name"]).name != image["file_name"]:
+                raise ValueError(f"an image name that leads out of its folder, {image['file_name']}")
+            item = Referred(
+                ref["ref_id"], image["id"], image["file_name"], int(image["height"]), int(image["width"]),
+                json.dumps(annotation["segmentation"]).encode(), [s["sent_id"] for s in ref["sentences"]], sentences,
+            )  # fmt: skip
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"ref {ref['ref_id']} of {name} or its annotation is not in order: {error!r}") from None
         if ref["split"] in objects:
-            sentences = [sentence["raw"] for sentence in ref["sentences"]]
-            objects[ref["split"]].append(Referred(
-                ref["ref_id"], image["id"], image["file_name"], image["height"], image["width"],
-                json.dumps(annotation["segmentation"]).encode(), ref["sent_ids"], sentences,
-            ))  # fmt: skip
+            objects[ref["split"]].append(item)
     return objects, folder
 
 
@@ -384,13 +402,23 @@ class RefDataset(torch.utils.data.Dataset):
         return self.objects[self.sentences[index][0]]
 
     def image(self, index: int) -> Image.Image:
-        """The image of sentence `index`, RGB at its own size."""
-        return open_image(self.folder / self.object(index).file_name)
+        """The image of sentence `index`, RGB at its own size. Raises InputError if instances.json has another shape."""
+        item = self.object(index)
+        image = open_image(self.folder / item.file_name)
+        if abs(image.width / image.height * item.height / item.width - 1) > 0.1:
+            raise InputError(
+                f"{self.folder / item.file_name} is {image.height} x {image.width}, but instances.json says "
+                f"{item.height} x {item.width}: its mask would not fit"
+            )
+        return image
 
     def mask(self, index: int) -> np.ndarray:
         """The target of sentence `index`, bool at the image's own size."""
         item = self.object(index)
-        return rasterize(json.loads(item.segmentation), item.height, item.width)
+        try:
+            return rasterize(json.loads(item.segmentation), item.height, item.width)
+        except InputError as error:
+            raise InputError(f"ref {item.ref_id} of {self.name}: {error}") from None
 
     def shuffle_expressions(self, seed: int = 0) -> None:
         """Give each sentence's place to a sentence of another image: a seeded permutation without fixed points.
@@ -450,7 +478,7 @@ def check(name: str, data: str = "data", every_image: bool = False) -> bool:
     """Print what of a dataset is on disk beside what should be there; True if nothing is wrong.
 
     Args:
-        every_image: decode all images, not a sample of 200.
+        every_image: decode the image and draw the mask of every object, not of a sample of 200.
     """
     whole = True
 
@@ -469,23 +497,24 @@ def check(name: str, data: str = "data", every_image: bool = False) -> bool:
     row("refs without an annotation in instances.json", sum(ref["ann_id"] not in annotations for ref in refs), 0)
     orphans = {a["image_id"] for a in annotations.values()} | {ref["image_id"] for ref in refs}
     row("annotations and refs without an image in instances.json", len(orphans - images.keys()), 0)
-    files = sorted({images[ref["image_id"]]["file_name"] for ref in refs if ref["image_id"] in images})
-    missing = [file for file in files if not (folder / file).is_file()]
+    datasets = [RefDataset(name, split, data) for split in DATASETS[name].splits]  # raises what training would raise
+    objects = [(dataset, int(first)) for dataset in datasets for first in dataset.first[:-1]]
+    files = {dataset.object(first).file_name for dataset, first in objects}
+    missing = sorted(file for file in files if not (folder / file).is_file())
     row("image files missing", len(missing), 0)
-    there = sorted(set(files) - set(missing))
-    sample = there if every_image else np.random.default_rng(0).permutation(there)[:200]
+    objects = [(dataset, first) for dataset, first in objects if dataset.object(first).file_name not in missing]
+    if not every_image:
+        objects = [objects[i] for i in np.random.default_rng(0).permutation(len(objects))[:200]]
     broken = []
-    for file in tqdm(sample, desc="decoding", unit="image", disable=None):
+    for dataset, first in tqdm(objects, desc="decoding", unit="object", disable=None):
         try:
-            open_image(folder / file)
-        except InputError:
-            broken.append(str(file))
-    row(
-        f"image files broken, of {len(sample)} decoded" + ("" if every_image else " (--all: every one)"), len(broken), 0
-    )
+            dataset.image(first), dataset.mask(first)
+        except InputError as error:
+            broken.append(str(error))
+    row(f"broken, of {len(objects)} images and masks" + ("" if every_image else " (--all: every one)"), len(broken), 0)
     for what, several in (("missing", missing), ("broken", broken)):
-        if several:
-            print(f"{what}: {', '.join(several[:5])}{' ..' if len(several) > 5 else ''}")
+        for one in several[:5]:
+            print(f"{what}: {one}")
     return whole
 
 
@@ -494,7 +523,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", required=True, choices=DATASETS, help="the dataset to verify")
     parser.add_argument("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
-    parser.add_argument("--all", action="store_true", help="decode every image, not a sample of 200")
+    parser.add_argument("--all", action="store_true", help="decode every image and mask, not a sample of 200")
     args = parser.parse_args(argv)
     if not check(args.check, args.data, args.all):
         raise SystemExit(1)

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -24,8 +23,19 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
 
-from data import DATASETS, InputError, RefDataset, command_line, normalise, open_image, start_loader, to_input, tokenize
-from model import VEGA, VEGAConfig
+from data import (
+    DATASETS,
+    InputError,
+    RefDataset,
+    command_line,
+    normalise,
+    open_image,
+    start_loader,
+    to_input,
+    to_rgb,
+    tokenize,
+)
+from model import VEGA, VEGAConfig, check_fit
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 BATCH_SIZE = 16  # of evaluation; fixed, since another batch may round another way
@@ -96,14 +106,26 @@ def read_checkpoint(path: str | Path) -> dict:
         raise InputError(f"there is no checkpoint {path}. Train one first: python train.py")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-        # torch's own text would advise to load it without weights_only
+    except Exception:  # of zip, of pickle, of torch, whose own text would advise to load it without weights_only
         reason = "it is another kind of file, was cut short, or holds more than plain data"
         raise InputError(f"{path} can't be read as a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of this program")
     if checkpoint["format"] != FORMAT:
         raise InputError(f"{path} has format {checkpoint['format']}, this program reads format {FORMAT}: update it")
+    absent = {
+        "config",
+        "model",
+        "tokenizer",
+        "step",
+        "best",
+        "precision",
+        "dataset",
+        "args",
+        "optimizer",
+    } - checkpoint.keys()
+    if absent:
+        raise InputError(f"{path} lacks {', '.join(sorted(absent))}: it is not a whole checkpoint")
     return checkpoint
 
 
@@ -111,10 +133,11 @@ def restore(checkpoint: dict, device: torch.device, **overrides) -> tuple[VEGA, 
     """The model, ready to evaluate, and its tokenizer. overrides: fields of VEGAConfig, such as image_size."""
     try:
         model = VEGA(VEGAConfig(**{**checkpoint["config"], **overrides}))
+        check_fit("the checkpoint", model.state_dict(), checkpoint["model"])
         model.load_state_dict(checkpoint["model"])
+        return model.to(device).eval(), BertTokenizer(**checkpoint["tokenizer"])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"the checkpoint does not fit this program's model: {error}") from None
-    return model.to(device).eval(), BertTokenizer(**checkpoint["tokenizer"])
+        raise InputError(str(error).splitlines()[0]) from None
 
 
 def newest_run(file: str) -> Path:
@@ -135,7 +158,7 @@ class Segmenter:
     @torch.inference_mode()
     def __call__(self, image: Image.Image | str | Path, expression: str) -> np.ndarray:
         """The pixels that the expression names: bool [height, width] at the image's own size."""
-        image = image.convert("RGB") if isinstance(image, Image.Image) else open_image(image)
+        image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
         if not expression.strip():
             raise InputError("the expression is empty: say what to segment, such as 'the man on the left'")
         config = self.model.config
@@ -361,7 +384,7 @@ def segment_photograph(checkpoint: Path, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> dict | None:
     args = parse(argv)
     checkpoint_file = Path(args.checkpoint) if args.checkpoint else newest_run("best.pt")
-    if args.image:
+    if args.image is not None:
         return segment_photograph(checkpoint_file, args)
     device = start_processes(args.device)
     checkpoint = read_checkpoint(checkpoint_file)

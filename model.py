@@ -314,6 +314,10 @@ def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
         raise ValueError(
             f"no BERT from {source} ({reason}). Give a folder with --bert, or start at random: --no-pretrained"
         ) from None
+    if not 5 < len(tokenizer) <= bert.config.vocab_size:
+        raise ValueError(
+            f"{source} has a vocabulary of {len(tokenizer)}, but BERT knows {bert.config.vocab_size} words"
+        )
     absent = [*report["missing_keys"], *report["mismatched_keys"]]
     if absent:
         raise ValueError(

@@ -332,9 +332,20 @@ def test_masks_are_cocos_to_the_pixel():
 
 
 def test_a_wrong_rle_is_refused():
-    for counts in ([3, 4], [5, -1, 8], "04", "P"):
-        with pytest.raises(data.InputError):
+    for counts in ([3, 4], [5, -1, 8], "04", "P", [2**63 - 1, 2**63 - 1, 14], [2**63, 1], [float("nan")], None):
+        with pytest.raises(data.InputError, match="can't be drawn"):
             data.rasterize({"size": [3, 4], "counts": counts}, 3, 4)
+    nan = float("nan")
+    for polygons in (
+        [[0, 0, nan, 1, 2, 2]],
+        [[0, 0, 1e300, 1, 2, 2]],
+        [[0, 0, 1, 1, 2]],
+        [["a"] * 6],
+        [None],
+        [1, 2, 3],
+    ):
+        with pytest.raises(data.InputError, match="can't be drawn"):
+            data.rasterize(polygons, 3, 4)
 
 
 def test_shapes_are_what_the_design_asks_for(tmp_path):
@@ -602,7 +613,16 @@ def test_a_miniature_refcoco_trains_evaluates_and_is_checked(name, images, proto
     with pytest.raises(SystemExit):
         data.main(["--check", name, "--data", str(folder), "--all"])
     printed = capsys.readouterr().out
-    assert f"missing: {some[0].name}" in printed and f"broken: {some[1].name}" in printed
+    assert f"missing: {some[0].name}" in printed and f"{some[1].name} can't be read as an image" in printed
+
+
+def edit(folder: Path, key: str, value) -> None:
+    """Set a key of every image or annotation of the miniature RefCOCO."""
+    file = folder / "refcoco" / "instances.json"
+    instances = json.loads(file.read_text())
+    for entry in instances["annotations" if key == "segmentation" else "images"]:
+        entry[key] = value
+    file.write_text(json.dumps(instances))
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -614,6 +634,11 @@ def test_a_miniature_refcoco_trains_evaluates_and_is_checked(name, images, proto
         (lambda f: (f / "refcoco" / "instances.json").write_text("[]"), "not in REFER's format"),
         (lambda f: (f / "refcoco" / "refs(unc).p").write_bytes(b"\x80\x02]("), "is not a refs pickle"),
         (lambda f: (f / "refcoco" / "refs(unc).p").write_bytes(b"\x80\x02]."), "holds no sentence"),
+        (lambda f: edit(f, "file_name", "../../secret.jpg"), "leads out of its folder"),
+        (lambda f: edit(f, "height", None), "not in order"),
+        (lambda f: edit(f, "height", 700), "its mask would not fit"),
+        (lambda f: edit(f, "segmentation", [[0, 0, 1e300, 3, 3, 3]]), "can't be drawn"),
+        (lambda f: edit(f, "segmentation", "x"), "can't be drawn"),
         (lambda f: (f / COCO_PLACES[0]).rename(f / "elsewhere"), "no image folder"),
         (lambda f: [p.unlink() for p in (f / COCO_PLACES[0]).iterdir()], "there is no image"),
         (lambda f: [p.write_bytes(p.read_bytes()[:300]) for p in (f / COCO_PLACES[0]).iterdir()], "can't be read as an image"),
@@ -777,6 +802,12 @@ def test_bert_loads_from_a_folder_of_any_size(small, tmp_path):
         and tokenizer("red circle")["input_ids"]
         == data.make_tokenizer(["red blue left circle square"])("red circle")["input_ids"]
     )
+    for file in ("vocab.txt", "tokenizer.json"):
+        (tmp_path / "bert" / file).rename(tmp_path / file) if (tmp_path / "bert" / file).exists() else None
+    with pytest.raises(SystemExit, match="BERT"):
+        train.main([*command, "--out", str(tmp_path / "other")])
+    for file in ("vocab.txt", "tokenizer.json"):
+        (tmp_path / file).rename(tmp_path / "bert" / file) if (tmp_path / file).exists() else None
     weights = safetensors.torch.load_file(tmp_path / "bert" / "model.safetensors")
     weights.pop("encoder.layer.1.output.dense.weight")
     safetensors.torch.save_file(weights, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
@@ -1018,6 +1049,8 @@ def test_resume_goes_on_as_if_nothing_had_happened(small, tmp_path, monkeypatch)
         ("evaluate.py", ["--image", str(HERE / "README.md"), "--expression", "red"], "can't be read as an image"),
         ("evaluate.py", ["--image", str(HERE / "assets/shapes.png"), "--expression", "  "], "expression is empty"),
         ("evaluate.py", ["--image", "absent.jpg"], "--image and --expression go together"),
+        ("evaluate.py", ["--image", "", "--expression", "red"], "image"),
+        ("evaluate.py", ["--image-size", "64"], "does not fit the model"),
     ],
 )
 def test_a_wrong_input_gets_one_clear_message(script, flags, message, trained, small, monkeypatch, capsys):
