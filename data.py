@@ -189,19 +189,20 @@ def decode_counts(text: bytes) -> list[int]:
     return counts
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, upright: bool = True) -> Image.Image:
     """An image file as RGB; see `to_rgb`. Raises InputError if it can't be read."""
     try:
-        return to_rgb(Image.open(path))
+        return to_rgb(Image.open(path), upright)
     except FileNotFoundError:
         raise InputError(f"there is no image {path}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} can't be read as an image ({error})") from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as it is meant to be seen: rotated as its EXIF tag says, 16-bit grey scaled to 8, in RGB."""
-    image = ImageOps.exif_transpose(image)
+def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
+    """An image in RGB, 16-bit grey scaled to 8, and, if upright, rotated as its EXIF tag says."""
+    if upright:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # convert("RGB") would clip these at 255
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
@@ -307,9 +308,9 @@ def read_objects(name: str, data: str) -> tuple[dict[str, list[Referred]], Path]
                 f"instances.json lacks one of them: the two files don't belong together"
             )
         try:
-            sentences = [sentence["raw"].strip() for sentence in ref["sentences"]]
-            if not sentences or not all(sentences):
-                raise ValueError("an object without a sentence, or an empty sentence")
+            sentences = [sentence["raw"].strip() for sentence in ref["sentences"]]  # a blank one counts, as for peers
+            if not sentences:
+                raise ValueError("no sentence names it")
             if Path(image["file_name"]).name != image["file_name"]:
                 raise ValueError(f"an image name that leads out of its folder, {image['file_name']}")
             item = Referred(
@@ -404,7 +405,7 @@ class RefDataset(torch.utils.data.Dataset):
     def image(self, index: int) -> Image.Image:
         """The image of sentence `index`, RGB at its own size. Raises InputError if instances.json has another shape."""
         item = self.object(index)
-        image = open_image(self.folder / item.file_name)
+        image = open_image(self.folder / item.file_name, upright=False)  # as COCO's masks lie on it
         if abs(image.width / image.height * item.height / item.width - 1) > 0.1:
             raise InputError(
                 f"{self.folder / item.file_name} is {image.height} x {image.width}, but instances.json says "
@@ -495,6 +496,7 @@ def check(name: str, data: str = "data", every_image: bool = False) -> bool:
         row(f"{split}: refs", len(named), known_refs)
         row(f"{split}: images", len({ref["image_id"] for ref in named}), known_images)
     row("refs without an annotation in instances.json", sum(ref["ann_id"] not in annotations for ref in refs), 0)
+    row("blank sentences", sum(not sentence["raw"].strip() for ref in refs for sentence in ref["sentences"]))
     orphans = {a["image_id"] for a in annotations.values()} | {ref["image_id"] for ref in refs}
     row("annotations and refs without an image in instances.json", len(orphans - images.keys()), 0)
     datasets = [RefDataset(name, split, data) for split in DATASETS[name].splits]  # raises what training would raise

@@ -677,12 +677,35 @@ def test_splits_and_image_names(tmp_path):
     assert dataset.mask(0).sum() == 200 and dataset.expressions[0] == WORDS[0].decode()
 
 
+def test_masks_lie_on_the_stored_pixels_and_photographs_are_shown_upright(tmp_path):
+    folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter to be seen
+    for file in (folder / COCO_PLACES[0]).iterdir():
+        Image.open(file).convert("RGB").save(file, exif=exif)
+    dataset = data.RefDataset("refcoco", "val", folder)
+    assert dataset.image(0).size == (80, 60) and dataset.mask(0).shape == (60, 80)
+    assert data.open_image(file).size == (60, 80)
+
+
+def test_a_blank_sentence_counts(tmp_path):
+    folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
+    refs = data.read_refs(folder / "refcoco" / "refs(unc).p")
+    for ref in refs:
+        ref["sentences"][0]["raw"] = " "
+    (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    dataset = data.RefDataset("refcoco", "val", folder)
+    dataset.use(data.make_tokenizer(dataset.expressions), 21, 32, training=False)
+    assert len(dataset) == 16 and dataset[0]["attention_mask"].sum() == 2  # [CLS] and [SEP]
+
+
 def test_evaluation_decodes_an_image_once(tmp_path, monkeypatch):
     folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
     dataset = data.RefDataset("refcoco", "val", folder)
     dataset.use(data.make_tokenizer(dataset.expressions), 21, 32, training=False)
     opened = []
-    monkeypatch.setattr(data, "open_image", lambda path, real=data.open_image: opened.append(path) or real(path))
+    real = data.open_image
+    monkeypatch.setattr(data, "open_image", lambda path, **flags: opened.append(path) or real(path, **flags))
     batches = dataset.batches(6)
     for batch in batches:
         for index in batch:
