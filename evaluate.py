@@ -270,7 +270,7 @@ def evaluate(
 
 # Pictures
 
-GREEN, RED = (40, 220, 90), (255, 60, 60)
+GREEN, RED, WHITE = (40, 220, 90), (255, 60, 60), (255, 255, 255)
 
 
 def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int]) -> Image.Image:
@@ -283,37 +283,74 @@ def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int]) -
     return Image.fromarray(shown.astype(np.uint8))
 
 
+def sheet(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]], side: int = 240) -> None:
+    """Write rows of (title, [(caption, tile), ..]) to a PNG, the tiles squeezed to squares."""
+    gap, line = 10, 22
+    pitch = 2 * line + side + gap
+    canvas = Image.new(
+        "RGB", (gap + max(len(tiles) for _, tiles in rows) * (side + gap), gap + len(rows) * pitch), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+    for i, (title, tiles) in enumerate(rows):
+        draw.text((gap, gap + i * pitch), title, "black", font_size=16)
+        for j, (caption, tile) in enumerate(tiles):
+            left, top = gap + j * (side + gap), gap + i * pitch + line
+            draw.text((left, top), caption, "dimgrey", font_size=14)
+            canvas.paste(tile.resize((side, side), Image.Resampling.BILINEAR), (left, top + line))
+    canvas.save(path)
+
+
 @torch.no_grad()
-def picture_sheet(model: VEGA, dataset: RefDataset, device: torch.device, path: Path, samples: int = 8) -> None:
-    """Write a sheet, one row a sample: image, ground truth, prediction, the pixels that the [CLS] row selected."""
+def pictures(
+    model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, device: torch.device, folder: Path, name: str,
+    samples: int = 8,
+) -> None:  # fmt: skip
+    """Write three sheets; the samples are taken at even distances and not by hand.
+
+    pictures-NAME.png     samples: image, ground truth, prediction, the pixels that [CLS] selected
+    words-NAME.png        one sample, and the pixels that each of its words selected (the paper's Figure 3)
+    expressions-NAME.png  the same image under each of its expressions (Figures 7 and 9)
+    """
     model.eval()
-    side, line = 240, 26
-    columns = ("image", "ground truth", "prediction", "selected by [CLS]")
-    picked = np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist()
-    sheet = Image.new("RGB", (4 * side + 50, line + len(picked) * (side + line)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(columns):
-        draw.text((10 + column * (side + 10), 4), title, "black", font_size=15)
-    for row, index in enumerate(picked):
-        item = dataset[index]
+
+    def look(index: int) -> tuple[str, list, list]:
+        """A sample's title, its tiles, and a tile for each word."""
+        item, image = dataset[index], dataset.image(index)
         output = model(*model_inputs(torch.utils.data.default_collate([item]), device))
-        height, width = output["similarity"].shape[1:]
         prediction = (output["logits"][0] > 0).cpu()
-        selected = output["selection"].M[0, 0].unflatten(0, (height, width)).bool().cpu()
         metrics = Metrics()
         metrics.update(prediction, item["mask"])
-        image = dataset.image(index).resize((side, side), Image.Resampling.BILINEAR)
-        masks = [
-            np.array(Image.fromarray(mask.numpy()).resize((side, side), 0))
-            for mask in (item["mask"], prediction, selected)
+
+        def on_image(mask: torch.Tensor, color: tuple[int, int, int]) -> Image.Image:
+            mask = Image.fromarray(mask.cpu().numpy()).resize(image.size, Image.Resampling.NEAREST)
+            return overlay(image, np.array(mask), color)
+
+        tiles = [
+            ("image", image),
+            ("ground truth", on_image(item["mask"], GREEN)),
+            ("prediction", on_image(prediction, RED)),
         ]
-        tiles = [image, *(overlay(image, mask, color) for mask, color in zip(masks, (GREEN, RED, (255, 255, 255))))]
-        top = line + row * (side + line)
-        for column, tile in enumerate(tiles):
-            sheet.paste(tile, (10 + column * (side + 10), top))
-        caption = f"{dataset.sentences[index][1]}   (IoU {100 * metrics.ious()[0]:.0f})"
-        draw.text((10, top + side + 3), caption, "black", font_size=15)
-    sheet.save(path)
+        words = []
+        if output["selection"].M is not None:  # of a variant that selects
+            M = output["selection"].M[0].bool().unflatten(1, output["similarity"].shape[1:])
+            names = tokenizer.convert_ids_to_tokens(item["input_ids"][item["attention_mask"] == 1])
+            words = [(f"selected by {word}", on_image(m, WHITE)) for word, m in zip(names, M)]
+        return f"{dataset.sentences[index][1]}   (IoU {100 * metrics.ious()[0]:.0f})", tiles, words
+
+    rows = []
+    for index in np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist():
+        title, tiles, words = look(index)
+        rows.append((title, tiles + words[:1]))
+    sheet(folder / f"pictures-{name}.png", rows)
+
+    middle = len(dataset) // 2
+    title, tiles, words = look(middle)
+    tiles += words
+    sheet(folder / f"words-{name}.png", [(title * (i == 0), tiles[i : i + 5]) for i in range(0, len(tiles), 5)])
+
+    same_image = [i for i in range(len(dataset)) if dataset.object(i).image_id == dataset.object(middle).image_id]
+    rows = [(title, tiles + words[:1]) for title, tiles, words in map(look, same_image)]
+    sheet(folder / f"expressions-{name}.png", rows)
 
 
 # The command
@@ -351,7 +388,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
          help="compare masks at the model's input size (the paper's protocol) or at the image's own")
     flag("--json", metavar="FILE", help="also write the scores there: split -> scores in per cent")
     flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU")
-    flag("--pictures", type=int, default=0, metavar="N", help="write N samples of each split beside the checkpoint")
+    flag("--pictures", type=int, default=0, metavar="N",
+         help="write N samples of each split beside the checkpoint, and what each word selects in one")
     flag("--shuffle-expressions", action="store_true", help="give each sample the expression of another image")
     flag("--image", metavar="FILE", help="segment this photograph instead of a dataset")
     flag("--expression", metavar="TEXT", help="what to segment in --image")
@@ -406,8 +444,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             lines.append(json.dumps({"split": split, **dataset.ids(index), "iou": iou}))
         if args.pictures and rank() == 0:
             shuffled = "-shuffled" if args.shuffle_expressions else ""
-            path = checkpoint_file.with_name(f"pictures-{split}{shuffled}.png")
-            picture_sheet(model, dataset, device, path, args.pictures)
+            pictures(model, tokenizer, dataset, device, checkpoint_file.parent, split + shuffled, args.pictures)
     if rank() == 0:
         print(
             f"{checkpoint_file}, step {checkpoint['step']}"
@@ -415,7 +452,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         )
         print(table(name, scores))
         if args.pictures:
-            print(f"pictures: {checkpoint_file.with_name('pictures-*.png')}")
+            print(f"pictures: {checkpoint_file.parent / '{pictures,words,expressions}-*.png'}")
         if args.json:
             Path(args.json).write_text(json.dumps(scores, indent=2))
         if args.per_sample:

@@ -18,7 +18,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from selection import INITIAL_LOG_TAU, AttentionLayer, VISBlock, pixel_contrastive_loss
+from selection import INITIAL_LOG_TAU, VARIANTS, AttentionLayer, pixel_contrastive_loss
 
 
 def bert_base() -> dict:
@@ -43,7 +43,7 @@ class VEGAConfig:
     coordinates: bool = False  # add the pixels' normalised coordinates to the patch embedding
     bert: dict = field(default_factory=bert_base)  # BERT_FIELDS of transformers' BertConfig, or some of them
     max_tokens: int = 21  # of an expression, [CLS] and [SEP] among them
-    variant: str = "vega"
+    variant: str = "vega"  # or an ablation, a name of selection.VARIANTS
     ratio: float = 0.3  # of the pixels that each word selects
     attention_heads: int = 8  # of every cross- and self-attention that VEGA adds
     decoder_width: int = 256
@@ -68,6 +68,8 @@ class VEGAConfig:
 
     def __post_init__(self):
         self.depths, self.num_heads = tuple(self.depths), tuple(self.num_heads)
+        if self.variant not in VARIANTS:
+            raise ValueError(f"there is no variant {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
         smallest = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
         if self.image_size % 4 or self.image_size < smallest:
             raise ValueError(
@@ -210,10 +212,11 @@ class VEGA(nn.Module):
         self.bert = BertModel(bert_config, add_pooling_layer=False)
         self.vision = VisionEncoder(config)
         D = bert_config.hidden_size
-        self.project_vision = nn.Linear(self.vision.dims[-1], D)
-        self.enhance = AttentionLayer(D, heads, dropout=dropout)
-        self.vis = VISBlock(D, heads, config.ratio, dropout)
-        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))
+        variant = VARIANTS[config.variant]  # what it has no use for is not built
+        self.project_vision = nn.Linear(self.vision.dims[-1], D) if variant.enhanced else None
+        self.enhance = AttentionLayer(D, heads, dropout=dropout) if variant.enhanced else None
+        self.vis = variant.block(D, heads, config.ratio, dropout)
+        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU)) if variant.contrastive else None
         self.decoder = Decoder(self.vision.dims, D, config.decoder_width, heads, dropout)
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict:
@@ -226,31 +229,33 @@ class VEGA(nn.Module):
         Returns a dict:
             "logits": [B, H, W], positive on the target.
             "selection": Selection, see selection.py.
-            "similarity": [B, H_4, W_4] the [CLS] row of S as a map, the s of Eq. 5.
+            "similarity": [B, H_4, W_4] the [CLS] row of S as a map, the s of Eq. 5; None in a variant without it.
         """
         Q_l = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
         features = self.vision(image, Q_l, attention_mask)
-        F_v = self.project_vision(features[-1].flatten(1, 2))  # [B, N, D]
-        Q_l = self.enhance(Q_l, F_v)  # every pixel is a key: the words have looked at the image before they select
+        F_v = None
+        if self.enhance is not None:
+            F_v = self.project_vision(features[-1].flatten(1, 2))  # [B, N, D]
+            Q_l = self.enhance(Q_l, F_v)  # every pixel is a key: the words have looked at the image before they select
         selection = self.vis(F_v, Q_l, attention_mask)
         logits = self.decoder(features, selection.G, selection.mask_G)  # [B, H / 4, W / 4]
         logits = F.interpolate(logits.float()[:, None], image.shape[-2:], mode="bilinear")[:, 0]
-        similarity = selection.S[:, 0].unflatten(1, features[-1].shape[1:3])
+        similarity = None if selection.S is None else selection.S[:, 0].unflatten(1, features[-1].shape[1:3])
         return {"logits": logits, "selection": selection, "similarity": similarity}
 
     def loss(self, output: dict, mask: Tensor) -> dict:
         """output of `forward`, mask [B, H, W] 1 on the target -> scalars "loss", its terms by name, and "tau"."""
         logits, mask = output["logits"], mask.float()
-        tau = self.log_tau.exp()
-        losses = {
-            "bce": F.binary_cross_entropy_with_logits(logits, mask),
-            "contrastive": pixel_contrastive_loss(output["similarity"], mask, tau),
-        }
-        total = losses["bce"] + self.config.contrastive * losses["contrastive"]
+        losses = {"bce": F.binary_cross_entropy_with_logits(logits, mask)}
+        total = losses["bce"]
+        if self.log_tau is not None:
+            losses["tau"] = tau = self.log_tau.exp()
+            losses["contrastive"] = pixel_contrastive_loss(output["similarity"], mask, tau)
+            total = total + self.config.contrastive * losses["contrastive"]
         if self.config.dice:
             losses["dice"] = dice_loss(logits, mask)
             total = total + self.config.dice * losses["dice"]
-        return {"loss": total, **losses, "tau": tau}
+        return {"loss": total, **losses}
 
 
 def dice_loss(logits: Tensor, mask: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ class Selection(NamedTuple):
 
     G: Tensor  # [B, 2T, D] the guidance set: linguistic, then visual expression tokens
     mask_G: Tensor  # [B, 2T] 1 where the token belongs to a real word
-    S: Tensor  # [B, T, N] cosine similarities; row 0 is the [CLS] token's
-    M: Tensor  # [B, T, N] 1 at the K pixels that each word selected, else 0
+    S: Tensor | None  # [B, T, N] cosine similarities; row 0 is the [CLS] token's. None in a variant that has none
+    M: Tensor | None  # [B, T, N] 1 at the K pixels that each word selected, else 0
 
 
 class AttentionLayer(nn.Module):
@@ -76,10 +76,14 @@ def binary_mask(rank_index: Tensor, N: int) -> Tensor:
 class VISBlock(nn.Module):
     """Algorithm 1, line by line: a comment that stands alone is the pseudocode's, one with "ours:" is not.
 
+    The lines that an ablation changes are steps of their own, below `forward` in the order of the pseudocode.
+
     Args:
         dim: channels D of both features.
         ratio: K / N, the share of the pixels that each token selects; 0.3 in the paper (Table 6).
     """
+
+    unused: tuple[str, ...] = ()  # ours: the layers that a variant has no use for, so that it does not build them
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -90,12 +94,11 @@ class VISBlock(nn.Module):
         self.proj_l = nn.Linear(dim, dim)  # phi_l
         self.cross_attention = AttentionLayer(dim, num_heads, dropout=dropout)
         self.self_attention = AttentionLayer(dim, num_heads, dropout=dropout)
+        for layer in self.unused:
+            delattr(self, layer)
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         """F_v [B, N, D] vision features, Q_l [B, T, D] linguistic features, mask_l [B, T] 1 for real words."""
-        N = F_v.shape[1]
-        K = max(1, int(N * self.ratio))
-
         # ours: in fp32 also under autocast, since similarities rounded to bf16 can select other pixels
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
@@ -107,32 +110,55 @@ class VISBlock(nn.Module):
             # calculate cosine similarities
             S = Y @ X.mT  # [B, T, N]
 
-            # top-k ranking of similarity scores
-            rank_index = S.topk(K, dim=-1).indices  # [B, T, K]
-
-            # top-k mask generation
-            M = binary_mask(rank_index, N)  # [B, T, N]
+            M = self.select(S)  # [B, T, N]
 
             # non top-k similarity scores masking
-            # & top-k ranked similarities normalization
             M_hat = M * 1e4 - 1e4  # [B, T, N], -1e4 for the minus infinity of Eq. 2
-            S_norm = torch.softmax(S + M_hat, dim=-1)  # [B, T, N]
 
-            # weighted average summation
-            # ours: the pseudocode first expands F_v, M and S_norm to [B, T, N, D] and sums their product over N.
-            # That is this matrix product. (S_norm is zero outside M already; M stands here because Eq. 4 has it.)
-            E = (M * S_norm) @ F_v / K  # [B, T, D]
+            S_norm = self.normalise(S, M_hat)  # [B, T, N]
+            E = self.weigh(M, S_norm, F_v)  # [B, T, D]
 
-        # the visual expression extracted by the cross-attention with
-        # top-k pixels
-        Q_v = self.cross_attention(E, F_v, M_hat)  # [B, T, D], F_topk of Eq. 4 is what M_hat leaves of F_v
-
-        # considering the visual contexts via the self-attention
-        Q_v = self.self_attention(Q_v, Q_v, mask_l)  # [B, T, D]
+        Q_v = self.attend(E, F_v, M_hat, mask_l)  # [B, T, D]
 
         # new guidance set
         G = torch.cat([Q_l, Q_v], dim=1)  # [B, 2T, D]
         return Selection(G, torch.cat([mask_l, mask_l], dim=1), S, M)
+
+    def K(self, N: int) -> int:
+        """How many of N pixels a token selects; ours: at least one."""
+        return max(1, int(N * self.ratio))
+
+    def select(self, S: Tensor) -> Tensor:
+        """Similarities S -> the mask M of the selected pixels, both [B, T, N] (Eq. 1-3)."""
+        N = S.shape[-1]
+
+        # top-k ranking of similarity scores
+        rank_index = S.topk(self.K(N), dim=-1).indices  # [B, T, K]
+
+        # top-k mask generation
+        return binary_mask(rank_index, N)
+
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+        """S and M_hat -> S_norm, all [B, T, N] (Eq. 4)."""
+        # top-k ranked similarities normalization
+        return torch.softmax(S + M_hat, dim=-1)
+
+    def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
+        """M and S_norm [B, T, N], F_v [B, N, D] -> the intermediate visual tokens E [B, T, D] (Eq. 4)."""
+        # expand dimension of F_v, M, S_norm
+        # weighted average summation
+        # ours: the pseudocode expands all three to [B, T, N, D] and sums their product over N. That is this matrix
+        # product. (S_norm is zero outside M already; M stands here because Eq. 4 has it.)
+        return (M * S_norm) @ F_v / self.K(F_v.shape[1])
+
+    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor | None, mask_l: Tensor | None) -> Tensor:
+        """E [B, T, D], F_v [B, N, D], M_hat [B, T, N], mask_l [B, T] -> the visual expression Q_v [B, T, D] (Eq. 4)."""
+        # the visual expression extracted by the cross-attention with
+        # top-k pixels
+        Q_v = self.cross_attention(E, F_v, M_hat)  # F_topk of Eq. 4 is what M_hat leaves of F_v
+
+        # considering the visual contexts via the self-attention
+        return self.self_attention(Q_v, Q_v, mask_l)
 
 
 INITIAL_LOG_TAU = math.log(0.07)  # ours: the model learns log tau, so that tau = exp(log tau) stays positive
@@ -149,3 +175,158 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
     logits = F.interpolate((s.float() / tau)[:, None], target.shape[-2:], mode="bilinear")[:, 0]
     # -log(sigmoid(x)) on Z+, -log(1 - sigmoid(x)) on Z-
     return F.binary_cross_entropy_with_logits(logits, target.float())
+
+
+# The ablations: each overrides the one step that its row of the paper changes. oIoU is the paper's, on RefCOCO val,
+# where VEGA has 75.35; Table 6 is VISBlock's `ratio`.
+
+
+class LinguisticGuidance(VISBlock):
+    """Table 2: Q_l alone is the guidance set; row 1 (oIoU 73.31) BERT's own tokens, row 2 (73.91) the enhanced ones."""
+
+    unused = ("proj_v", "proj_l", "cross_attention", "self_attention")
+
+    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
+        return Selection(Q_l, mask_l, None, None)  # G [B, T, D]
+
+
+class AllPixels(VISBlock):
+    """Table 3a, row 1 (oIoU 74.16): every pixel token of F_v enters G. Nothing is selected, so there is no S."""
+
+    unused = ("proj_v", "proj_l", "cross_attention", "self_attention")
+
+    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
+        G = torch.cat([Q_l, F_v], dim=1)  # [B, T + N, D]
+        return Selection(G, F.pad(mask_l, (0, F_v.shape[1]), value=1), None, None)
+
+
+class TopKPixels(VISBlock):
+    """Table 3a, row 2 (oIoU 74.58): the K pixel tokens that [CLS] selects enter G as they are."""
+
+    unused = ("cross_attention", "self_attention")
+
+    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
+        G, _, S, M = super().forward(F_v, Q_l[:, :1], mask_l[:, :1])  # G [B, 1 + K, D], S and M [B, 1, N]
+        G = torch.cat([Q_l, G[:, 1:]], dim=1)  # [B, T + K, D]
+        return Selection(G, F.pad(mask_l, (0, G.shape[1] - mask_l.shape[1]), value=1), S, M)
+
+    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
+        return F_v[M_hat[:, 0] == 0].unflatten(0, (len(F_v), -1))  # F_topk [B, K, D]
+
+
+class NoCues(VISBlock):
+    """Table 3b, row 1 (oIoU 73.84): neither cue selects; learned queries gather from all pixels, without S.
+
+    The row says only that both cues are gone. Ours: as many queries as the longest expression has tokens.
+    """
+
+    unused = ("proj_v", "proj_l")
+
+    def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
+        super().__init__(dim, num_heads, ratio, dropout)
+        self.queries = nn.Parameter(0.02 * torch.randn(21, dim))
+
+    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
+        E = self.queries.expand(len(F_v), -1, -1)  # [B, 21, D]
+        Q_v = self.attend(E, F_v, None, None)  # no pixel and no query is hidden
+        G = torch.cat([Q_l, Q_v], dim=1)  # [B, T + 21, D]
+        return Selection(G, F.pad(mask_l, (0, E.shape[1]), value=1), None, None)
+
+
+class LocalOnly(VISBlock):
+    """Table 3b, row 2 (oIoU 74.86): the words select, [CLS] does not. Its row of S and M is zero."""
+
+    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
+        G, mask_G, S, M = super().forward(F_v, Q_l[:, 1:], mask_l[:, 1:])
+        G = torch.cat([Q_l[:, :1], G], dim=1)  # [B, 2T - 1, D]
+        return Selection(G, F.pad(mask_G, (1, 0), value=1), F.pad(S, (0, 0, 1, 0)), F.pad(M, (0, 0, 1, 0)))
+
+
+class GlobalOnly(VISBlock):
+    """Table 3b, row 3 (oIoU 74.93): [CLS] selects, the words do not; S and M have its row alone.
+
+    (The table as printed ticks both cues in this row; Sec. 4.3.3 tells which figure is which.) Ours: no
+    self-attention, since the one visual token has no other to look at.
+    """
+
+    unused = ("self_attention",)
+
+    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
+        G, _, S, M = super().forward(F_v, Q_l[:, :1], mask_l[:, :1])
+        G = torch.cat([Q_l, G[:, 1:]], dim=1)  # [B, T + 1, D]
+        return Selection(G, F.pad(mask_l, (0, 1), value=1), S, M)
+
+    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
+        return self.cross_attention(E, F_v, M_hat)
+
+
+class SigmoidThreshold(VISBlock):
+    """Table 4a, row 1 (oIoU 74.81): a pixel is selected where the sigmoid of its similarity exceeds 0.5.
+
+    A token may select nothing: its E is then zero, and M_hat, the same for every pixel, hides none from it.
+    """
+
+    def select(self, S: Tensor) -> Tensor:
+        return (S.sigmoid() > 0.5).to(S.dtype)
+
+    def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
+        return (M * S_norm) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)
+
+
+class NoSimilarityWeights(VISBlock):
+    """Table 4c, row 1 (oIoU 75.05): E is the plain mean of the selected pixels."""
+
+    def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
+        return M @ F_v / self.K(F_v.shape[1])
+
+
+class NoNormalisation(VISBlock):
+    """Table 4d, row 1 (oIoU 74.97): the similarities weigh as they are."""
+
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+        return S
+
+
+class UnmaskedSoftmax(VISBlock):
+    """Table 4d, row 2 (oIoU 75.14): the softmax runs over all pixels, then M leaves the selected ones."""
+
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+        return torch.softmax(S, dim=-1)
+
+
+class NoCrossAttention(VISBlock):
+    """Table 4e, row 1 (oIoU 74.23): the intermediate tokens E go straight to the self-attention."""
+
+    unused = ("cross_attention",)
+
+    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
+        return self.self_attention(E, E, mask_l)
+
+
+class Variant(NamedTuple):
+    """A row of the paper's ablations, and what the model makes of it."""
+
+    table: str
+    row: str  # in the paper's words
+    oIoU: float  # the paper's, on RefCOCO val, in per cent
+    block: type[VISBlock] = VISBlock
+    enhanced: bool = True  # the linguistic tokens look at F_v before they select and enter G
+    contrastive: bool = True  # Eq. 5 is in the loss; not where [CLS] has no row in S
+
+
+VARIANTS = {
+    "vega": Variant("2", "enhanced linguistic expression + visual expression (Ours)", 75.35),
+    "linguistic": Variant("2", "linguistic expression", 73.31, LinguisticGuidance, enhanced=False, contrastive=False),
+    "enhanced-linguistic": Variant("2", "enhanced linguistic expression", 73.91, LinguisticGuidance, contrastive=False),
+    "all-pixels": Variant("3a", "total visual pixel tokens", 74.16, AllPixels, contrastive=False),
+    "topk-pixels": Variant("3a", "top-k visual pixel tokens", 74.58, TopKPixels),
+    "no-cues": Variant("3b", "neither global nor local", 73.84, NoCues, contrastive=False),
+    "local-only": Variant("3b", "local, not global", 74.86, LocalOnly, contrastive=False),
+    "global-only": Variant("3b", "global, not local", 74.93, GlobalOnly),
+    "sigmoid-threshold": Variant("4a", "sigmoid (> 0.5)", 74.81, SigmoidThreshold),
+    "no-contrastive": Variant("4b", "no contrastive loss", 74.92, contrastive=False),
+    "no-similarity-weights": Variant("4c", "similarity scores not multiplied", 75.05, NoSimilarityWeights),
+    "no-normalisation": Variant("4d", "no normalization", 74.97, NoNormalisation),
+    "unmasked-softmax": Variant("4d", "normalization without top-k mask", 75.14, UnmaskedSoftmax),
+    "no-cross-attention": Variant("4e", "no top-k cross-attention", 74.23, NoCrossAttention),
+}

@@ -25,7 +25,7 @@ import evaluate
 import model as model_module
 import train
 from model import VEGA, EarlyFusion, VEGAConfig, VisionEncoder
-from selection import VISBlock, pixel_contrastive_loss
+from selection import VARIANTS, VISBlock, pixel_contrastive_loss
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # many threads on few and busy cores wait for each other
@@ -69,8 +69,11 @@ def random_batch(config: VEGAConfig, size: int = 2, words: tuple[int, ...] = (7,
 # Selection.py
 
 
-def algorithm_1(block: VISBlock, F_v, Q_l, mask_l, ratio):
-    """The pseudocode of Appendix A as it is printed, repeats and all, with the block's own layers."""
+def algorithm_1(block: VISBlock, F_v, Q_l, mask_l, ratio, variant="vega"):
+    """The pseudocode of Appendix A as it is printed, repeats and all, with the block's own layers.
+
+    variant: a row of Table 4, whose line takes the place of the pseudocode's.
+    """
     B, N, D = F_v.shape
     T = Q_l.shape[1]
     X = block.proj_v(F_v)
@@ -83,26 +86,47 @@ def algorithm_1(block: VISBlock, F_v, Q_l, mask_l, ratio):
     for b in range(B):
         for t in range(T):
             M[b, t, rank_index[b, t]] = 1.0
+    if variant == "sigmoid-threshold":
+        M = (1 / (1 + torch.exp(-S)) > 0.5).float()
     M_hat = M * 1e4 - 1e4
     S_norm = torch.softmax(S + M_hat, dim=-1)
+    if variant == "no-normalisation":
+        S_norm = S
+    if variant == "unmasked-softmax":
+        S_norm = torch.exp(S) / torch.exp(S).sum(dim=-1, keepdim=True)
     F_v_repeated = F_v.unsqueeze(1).repeat(1, T, 1, 1)
     E = (M.unsqueeze(-1) * S_norm.unsqueeze(-1) * F_v_repeated).sum(dim=2) / int(N * ratio)
-    Q_v = block.cross_attention(E, F_v, M_hat)
+    if variant == "sigmoid-threshold":  # divided by the number selected
+        E = E * int(N * ratio) / M.sum(dim=-1, keepdim=True)
+    if variant == "no-similarity-weights":
+        E = (M.unsqueeze(-1) * F_v_repeated).sum(dim=2) / int(N * ratio)
+    Q_v = E if variant == "no-cross-attention" else block.cross_attention(E, F_v, M_hat)
     Q_v = block.self_attention(Q_v, Q_v, mask_l)
     return torch.cat([Q_l, Q_v], dim=1), S, M
 
 
-@pytest.mark.parametrize("N, T, ratio", [(64, 21, 0.3), (225, 21, 0.3), (50, 5, 0.1), (17, 1, 0.8), (225, 9, 0.5)])
-def test_vis_block_is_algorithm_1(N, T, ratio):
+TABLE_4 = (
+    "sigmoid-threshold", "no-similarity-weights", "no-normalisation", "unmasked-softmax", "no-cross-attention"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "variant, N, T, ratio",
+    [
+        *(("vega", *sizes) for sizes in [(64, 21, 0.3), (225, 21, 0.3), (50, 5, 0.1), (17, 1, 0.8), (225, 9, 0.5)]),
+        *((variant, 64, 9, 0.3) for variant in TABLE_4),
+    ],
+)
+def test_vis_block_is_algorithm_1(variant, N, T, ratio):
     torch.manual_seed(N + T)
-    block = VISBlock(32, num_heads=4, ratio=ratio)
+    block = VARIANTS[variant].block(32, num_heads=4, ratio=ratio)
     inputs = torch.randn(3, N, 32, requires_grad=True), torch.randn(3, T, 32, requires_grad=True)
     mask_l = torch.ones(3, T)
     mask_l[0, max(1, T - 3) :] = 0
     mask_l[1, 1:] = 0  # every word but [CLS] is padding
     weight = torch.randn(3, 2 * T, 32)
     results = []
-    for function in (block, lambda *args: algorithm_1(block, *args, ratio)):
+    for function in (block, lambda *args: algorithm_1(block, *args, ratio, variant)):
         output = function(*inputs, mask_l)
         G, S, M = (output.G, output.S, output.M) if function is block else output
         gradients = torch.autograd.grad((G * weight).sum() + S.square().sum(), [*inputs, *block.parameters()])
@@ -123,6 +147,131 @@ def test_each_word_selects_its_k_most_similar_pixels():
     worst_selected = selection.S.masked_fill(selection.M == 0, 2).amin(-1)
     best_left = selection.S.masked_fill(selection.M == 1, -2).amax(-1)
     assert (worst_selected >= best_left).all()
+
+
+def guide(name: str, F_v, Q_l, mask_l=None, D: int = 16):
+    """A variant's block, at the weights that all variants share, and what it selects from these features."""
+    torch.manual_seed(1)
+    block = VARIANTS[name].block(D, 2, ratio=0.3)
+    return block, block(F_v, Q_l, torch.ones(Q_l.shape[:2], dtype=torch.int64) if mask_l is None else mask_l)
+
+
+def small_model(name: str, **overrides) -> VEGA:
+    torch.manual_seed(0)
+    bert = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    sizes = dict(image_size=64, embed_dim=16, depths=(1, 1), num_heads=(2, 2), decoder_width=16, bert=bert)
+    return VEGA(VEGAConfig.tiny(**{**sizes, "variant": name, **overrides})).eval()
+
+
+def words_of(name, image=0, ids=0):
+    """G of a small model for one of two images and one of two expressions of seven tokens."""
+    model = small_model(name)
+    image, (ids, mask) = random_batch(model.config, 1, (7,), image)[0], random_batch(model.config, 1, (7,), ids)[1:]
+    return model(image, ids[:, :7], mask[:, :7])["selection"].G.detach()
+
+
+F_V, OTHER_F_V, Q_L, OTHER_Q_L = torch.randn(4, 2, 20, 16, generator=torch.Generator().manual_seed(0)).split(1)
+F_V, OTHER_F_V, Q_L, OTHER_Q_L = F_V[0], OTHER_F_V[0], Q_L[0, :, :7], OTHER_Q_L[0, :, :7]
+N, T, K = 20, 7, 6
+
+
+def visual(name, F_v=F_V, Q_l=Q_L):
+    """The tokens of G that are not linguistic."""
+    return guide(name, F_v, Q_l)[1].G[:, T:]
+
+
+def steps(name, scale=1.0):
+    """S_norm and E of a variant for similarities `scale` times as large; the selection stays."""
+    block, (_, _, S, M) = guide(name, F_V, Q_L)
+    S_norm = block.normalise(scale * S, M * 1e4 - 1e4)
+    return M, S_norm, block.weigh(M, S_norm, F_V)
+
+
+def same(a, b) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def selected_by_cls(name) -> bool:
+    block, (G, *_) = guide(name, F_V, Q_L)
+    X, Y = F_V @ block.proj_v.weight.T + block.proj_v.bias, Q_L[:, 0] @ block.proj_l.weight.T + block.proj_l.bias
+    for b in range(2):
+        cosines = [torch.cosine_similarity(Y[b], X[b, n], dim=0).item() for n in range(N)]
+        best = sorted(sorted(range(N), key=lambda n: -cosines[n])[:K])
+        if not same(G[b, T:], F_V[b, best]):
+            return False
+    return True
+
+
+def loss_terms(name) -> set:
+    model = small_model(name)
+    return set(model.loss(model(*random_batch(model.config)), torch.zeros(2, 64, 64)))
+
+
+WHAT_SETS_IT_APART = {  # true of the variant and false of vega
+    "linguistic": lambda name: same(words_of(name, image=0), words_of(name, image=1)),
+    "enhanced-linguistic": lambda name: words_of(name).shape[1] == T and not same(words_of(name), words_of(name, 1)),
+    "all-pixels": lambda name: same(visual(name), F_V),
+    "topk-pixels": lambda name: visual(name).shape[1] == K and selected_by_cls(name),
+    "no-cues": lambda name: (
+        same(visual(name), visual(name, Q_l=OTHER_Q_L)) and not same(visual(name), visual(name, OTHER_F_V))
+    ),
+    "local-only": lambda name: (
+        visual(name).shape[1] == T - 1
+        and same(visual(name), visual(name, Q_l=torch.cat([OTHER_Q_L[:, :1], Q_L[:, 1:]], 1)))
+    ),
+    "global-only": lambda name: (
+        visual(name).shape[1] == 1
+        and same(visual(name), visual(name, Q_l=torch.cat([Q_L[:, :1], OTHER_Q_L[:, 1:]], 1)))
+    ),
+    "sigmoid-threshold": lambda name: torch.equal(steps(name)[0] == 1, guide(name, F_V, Q_L)[1].S > 0),
+    "no-contrastive": lambda name: loss_terms(name) == {"loss", "bce", "dice"},
+    "no-similarity-weights": lambda name: same(steps(name)[2], steps(name, 3.0)[2]),
+    "no-normalisation": lambda name: same(3 * steps(name)[2], steps(name, 3.0)[2]),
+    "unmasked-softmax": lambda name: (
+        same(steps(name)[1].sum(-1), torch.ones(2, T)) and ((steps(name)[0] * steps(name)[1]).sum(-1) < 0.9).all()
+    ),
+    "no-cross-attention": lambda name: same(
+        visual(name), guide(name, F_V, Q_L)[0].self_attention(*[steps(name)[2]] * 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "vega"])
+def test_what_sets_a_variant_apart(name):
+    assert WHAT_SETS_IT_APART[name](name) and not WHAT_SETS_IT_APART[name]("vega")
+
+
+def test_variants_name_their_rows():
+    """Tables 2, 3 and 4, typed from the paper."""
+    oIoU = {"2": {73.31, 73.91, 75.35}, "3a": {74.16, 74.58}, "3b": {73.84, 74.86, 74.93}, "4a": {74.81}}
+    oIoU |= {"4b": {74.92}, "4c": {75.05}, "4d": {74.97, 75.14}, "4e": {74.23}}
+    for table, rows in oIoU.items():
+        assert {v.oIoU for v in VARIANTS.values() if v.table == table} == rows
+    for name, variant in VARIANTS.items():
+        if variant.block is not VISBlock:
+            assert f"Table {variant.table}" in variant.block.__doc__ and str(variant.oIoU) in variant.block.__doc__, (
+                name
+            )
+
+
+def test_a_threshold_may_select_nothing():
+    block = VARIANTS["sigmoid-threshold"].block(8, 2)
+    torch.nn.init.eye_(block.proj_v.weight), torch.nn.init.eye_(block.proj_l.weight)
+    torch.nn.init.zeros_(block.proj_v.bias), torch.nn.init.zeros_(block.proj_l.bias)
+    F_v, Q_l = torch.rand(1, 12, 8) + 0.1, torch.rand(1, 3, 8) + 0.1
+    Q_l[:, 1] *= -1  # its cosines are all negative
+    output = block(F_v, Q_l.requires_grad_(), torch.ones(1, 3))
+    assert output.M.sum(-1).tolist() == [[12, 0, 12]]
+    M_hat = output.M * 1e4 - 1e4
+    E = block.weigh(output.M, block.normalise(output.S, M_hat), F_v)
+    weights = [math.exp(s) for s in output.S[0, 0].tolist()]
+    by_hand = sum(w / sum(weights) * F_v[0, n] for n, w in enumerate(weights)) / 12
+    torch.testing.assert_close(E[0, 0], by_hand)
+    assert (E[0, 1] == 0).all()
+    hidden, open_ = block.cross_attention(E, F_v, M_hat), block.cross_attention(E, F_v)
+    torch.testing.assert_close(hidden, open_, rtol=1e-3, atol=1e-3)  # no pixel is hidden from who selected none
+    output.G.sum().backward()
+    assert output.G.isfinite().all() and Q_l.grad.isfinite().all()
 
 
 def test_contrastive_loss_is_equation_5():
@@ -231,6 +380,28 @@ def test_base_is_the_papers_model():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     stated = re.search(r"base model has ([\d,]+) parameters", (HERE / "README.md").read_text())
     assert int(stated[1].replace(",", "")) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_of_a_variant_learns(name):
+    """Also with every word but [CLS] padded, under bf16; and what stands under padding changes nothing."""
+    model = small_model(name)
+    image, ids, mask = random_batch(model.config, words=(7, 4))
+    target = torch.rand(2, 64, 64) < 0.1
+    output = model(image, ids, mask)
+    model.loss(output, target)["loss"].backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+        assert parameter.dim() < 2 or parameter.grad.abs().max() > 0, parameter_name
+    other = model(image, torch.where(mask == 1, ids, 63 - ids), mask)["logits"]
+    torch.testing.assert_close(other, output["logits"], rtol=0, atol=1e-5)
+    mask = (torch.arange(21) == 0).long().expand(2, -1)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(image, ids, mask)
+    model.loss(output, target)["loss"].backward()
+    assert output["logits"].isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
@@ -972,7 +1143,11 @@ def test_training_leaves_what_the_readme_says(trained):
         "last.pt",
         "log.jsonl",
         "metrics.json",
-        *(f"pictures-{split}.png" for split in ("val", "testA", "testB")),
+        *(
+            f"{view}-{split}.png"
+            for view in ("pictures", "words", "expressions")
+            for split in ("val", "testA", "testB")
+        ),
     }
     assert set(json.loads((out / "metrics.json").read_text())) == {"val", "testA", "testB"}
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -997,6 +1172,31 @@ def test_ones_own_picture(trained, tmp_path, monkeypatch):
     segment = evaluate.load(evaluate.newest_run("best.pt"))
     mask = segment(tmp_path / "photo.jpg", "red thing")
     assert mask.shape == (61, 90) and mask.dtype == bool
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_checkpoint_carries_its_variant(name, small, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["--variant", name, "--data", str(small), "--max-steps", "2", "--batch-size", "4", "--log-every", "1"]
+    scores = train.main([*command, "--out", str(out)])
+    again = evaluate.main(["--checkpoint", str(out / "best.pt"), "--data", str(small)])
+    assert again["val"] == scores["val"]
+    model, _ = evaluate.restore(evaluate.read_checkpoint(out / "last.pt"), torch.device("cpu"))
+    assert model.config.variant == name and type(model.vis) is VARIANTS[name].block
+    logged = [json.loads(line) for line in open(out / "log.jsonl")][0]
+    assert ("contrastive" in logged) == ("tau" in logged) == VARIANTS[name].contrastive
+
+
+def test_variants_are_listed_by_table(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"  {name:<22}{variant.table:<4}") for name, variant in VARIANTS.items()]
+    assert places == sorted(places)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--variant", "threshold"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and all(name in error for name in VARIANTS)
 
 
 def test_one_seed_gives_one_training(trained, small, tmp_path):
@@ -1059,6 +1259,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(small, tmp_path, monkeypatch)
         ("train.py", ["--lr", "-1"], "--lr is -1.0, but must be at least 0"),
         ("train.py", ["--device", "gpu"], "--device gpu can't be used here"),
         ("train.py", ["--batch-size", "0"], "must be at least 1"),
+        ("train.py", ["--variant", "threshold"], "choose from vega, linguistic, enhanced-linguistic"),
         ("train.py", ["--image-size", "130"], "multiple of 4"),
         ("train.py", ["--resume", "--dice", "0"], "this run has --dice 1.0, not 0.0"),
         ("train.py", ["--resume", "--no-coordinates"], "this run has --coordinates True, not False"),
