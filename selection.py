@@ -7,7 +7,7 @@ Each token selects the K pixels that are most similar to it and gathers them int
 token. Two things look odd at first and are the paper's:
 
 * S_norm already sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4), so
-  that E is a small vector. It is only a query: the cross-attention brings the pixels back at full size.
+  that E is a small vector. It is the query of the cross-attention, which adds the pixels to it at full size.
 * cosine similarities lie in [-1, 1] and the softmax has no temperature, so no selected pixel can weigh more
   than e^2 = 7.4 times another.
 """
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 
 class Selection(NamedTuple):
-    """What the VIS block returns."""
+    """What the VIS block returns; the shapes are VEGA's, a variant with others says so."""
 
     G: Tensor  # [B, 2T, D] the guidance set: linguistic, then visual expression tokens
-    mask_G: Tensor  # [B, 2T] 1 where the token belongs to a real word
-    S: Tensor | None  # [B, T, N] cosine similarities; row 0 is the [CLS] token's. None in a variant that has none
-    M: Tensor | None  # [B, T, N] 1 at the K pixels that each word selected, else 0
+    mask_G: Tensor  # [B, 2T] 0 where the token belongs to padding
+    S: Tensor | None  # [B, T, N] cosine similarities; row 0 is the [CLS] token's; None in a variant without
+    M: Tensor | None  # [B, T, N] 1 at the K pixels that each token selected, else 0
 
 
 class AttentionLayer(nn.Module):
@@ -74,16 +74,16 @@ def binary_mask(rank_index: Tensor, N: int) -> Tensor:
 
 
 class VISBlock(nn.Module):
-    """Algorithm 1, line by line: a comment that stands alone is the pseudocode's, one with "ours:" is not.
+    """Algorithm 1: `forward` has its comments in its order; a comment with "ours:" is not the pseudocode's.
 
-    The lines that an ablation changes are steps of their own, below `forward` in the order of the pseudocode.
+    The lines that some ablation changes are methods, which follow `forward`.
 
     Args:
         dim: channels D of both features.
         ratio: K / N, the share of the pixels that each token selects; 0.3 in the paper (Table 6).
     """
 
-    unused: tuple[str, ...] = ()  # ours: the layers that a variant has no use for, so that it does not build them
+    unused: tuple[str, ...] = ()  # ours: layers that a variant has no use for; they are left out of it
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -110,58 +110,56 @@ class VISBlock(nn.Module):
             # calculate cosine similarities
             S = Y @ X.mT  # [B, T, N]
 
+            # top-k ranking of similarity scores
+            # top-k mask generation
             M = self.select(S)  # [B, T, N]
 
             # non top-k similarity scores masking
+            # & top-k ranked similarities normalization
             M_hat = M * 1e4 - 1e4  # [B, T, N], -1e4 for the minus infinity of Eq. 2
-
             S_norm = self.normalise(S, M_hat)  # [B, T, N]
+
+            # expand dimension of F_v, M, S_norm
+            # weighted average summation
             E = self.weigh(M, S_norm, F_v)  # [B, T, D]
 
+        # the visual expression extracted by the cross-attention with
+        # top-k pixels
+        # considering the visual contexts via the self-attention
         Q_v = self.attend(E, F_v, M_hat, mask_l)  # [B, T, D]
 
         # new guidance set
         G = torch.cat([Q_l, Q_v], dim=1)  # [B, 2T, D]
-        return Selection(G, torch.cat([mask_l, mask_l], dim=1), S, M)
+        mask_G = torch.cat([mask_l, mask_l], dim=1)  # ours: the decoder looks at no padding
+        return Selection(G, mask_G, S, M)  # ours: S for Eq. 5, M for pictures
 
     def K(self, N: int) -> int:
-        """How many of N pixels a token selects; ours: at least one."""
+        """int(N * ratio); ours: at least one."""
         return max(1, int(N * self.ratio))
 
     def select(self, S: Tensor) -> Tensor:
-        """Similarities S -> the mask M of the selected pixels, both [B, T, N] (Eq. 1-3)."""
+        """S -> M, both [B, T, N] (Eq. 1-3)."""
         N = S.shape[-1]
-
-        # top-k ranking of similarity scores
         rank_index = S.topk(self.K(N), dim=-1).indices  # [B, T, K]
-
-        # top-k mask generation
         return binary_mask(rank_index, N)
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
         """S and M_hat -> S_norm, all [B, T, N] (Eq. 4)."""
-        # top-k ranked similarities normalization
         return torch.softmax(S + M_hat, dim=-1)
 
     def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
         """M and S_norm [B, T, N], F_v [B, N, D] -> the intermediate visual tokens E [B, T, D] (Eq. 4)."""
-        # expand dimension of F_v, M, S_norm
-        # weighted average summation
         # ours: the pseudocode expands all three to [B, T, N, D] and sums their product over N. That is this matrix
         # product. (S_norm is zero outside M already; M stands here because Eq. 4 has it.)
         return (M * S_norm) @ F_v / self.K(F_v.shape[1])
 
-    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor | None, mask_l: Tensor | None) -> Tensor:
+    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
         """E [B, T, D], F_v [B, N, D], M_hat [B, T, N], mask_l [B, T] -> the visual expression Q_v [B, T, D] (Eq. 4)."""
-        # the visual expression extracted by the cross-attention with
-        # top-k pixels
         Q_v = self.cross_attention(E, F_v, M_hat)  # F_topk of Eq. 4 is what M_hat leaves of F_v
-
-        # considering the visual contexts via the self-attention
         return self.self_attention(Q_v, Q_v, mask_l)
 
 
-INITIAL_LOG_TAU = math.log(0.07)  # ours: the model learns log tau, so that tau = exp(log tau) stays positive
+INITIAL_LOG_TAU = math.log(0.07)  # ours: the model learns log tau, from here, so that tau stays positive
 
 
 def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Tensor:
@@ -177,8 +175,8 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
     return F.binary_cross_entropy_with_logits(logits, target.float())
 
 
-# The ablations: each overrides the one step that its row of the paper changes. oIoU is the paper's, on RefCOCO val,
-# where VEGA has 75.35; Table 6 is VISBlock's `ratio`.
+# The ablations: each overrides the step that its row of the paper changes, or `forward` where other tokens select or
+# enter G. oIoU is the paper's, on RefCOCO val, where VEGA has 75.35. Table 6 is VISBlock's `ratio`.
 
 
 class LinguisticGuidance(VISBlock):
@@ -191,7 +189,7 @@ class LinguisticGuidance(VISBlock):
 
 
 class AllPixels(VISBlock):
-    """Table 3a, row 1 (oIoU 74.16): every pixel token of F_v enters G. Nothing is selected, so there is no S."""
+    """Table 3a, row 1 (oIoU 74.16): every pixel token of F_v enters G. Nothing is selected: no S, and no Eq. 5."""
 
     unused = ("proj_v", "proj_l", "cross_attention", "self_attention")
 
@@ -201,7 +199,10 @@ class AllPixels(VISBlock):
 
 
 class TopKPixels(VISBlock):
-    """Table 3a, row 2 (oIoU 74.58): the K pixel tokens that [CLS] selects enter G as they are."""
+    """Table 3a, row 2 (oIoU 74.58): the K pixel tokens that [CLS] selects enter G as they are.
+
+    A choice of pixels has no gradient: Eq. 5 alone teaches the projections.
+    """
 
     unused = ("cross_attention", "self_attention")
 
@@ -215,9 +216,10 @@ class TopKPixels(VISBlock):
 
 
 class NoCues(VISBlock):
-    """Table 3b, row 1 (oIoU 73.84): neither cue selects; learned queries gather from all pixels, without S.
+    """Table 3b, row 1 (oIoU 73.84): neither cue selects; learned queries gather from all pixels. No S, no Eq. 5.
 
-    The row says only that both cues are gone. Ours: as many queries as the longest expression has tokens.
+    The paper says only that both cues are gone; its figure is not the one of G without visual tokens (73.91). Ours:
+    as many queries as the longest expression has tokens, 21.
     """
 
     unused = ("proj_v", "proj_l")
@@ -228,13 +230,14 @@ class NoCues(VISBlock):
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         E = self.queries.expand(len(F_v), -1, -1)  # [B, 21, D]
-        Q_v = self.attend(E, F_v, None, None)  # no pixel and no query is hidden
+        Q_v = self.cross_attention(E, F_v)  # no pixel and no query is hidden
+        Q_v = self.self_attention(Q_v, Q_v)
         G = torch.cat([Q_l, Q_v], dim=1)  # [B, T + 21, D]
         return Selection(G, F.pad(mask_l, (0, E.shape[1]), value=1), None, None)
 
 
 class LocalOnly(VISBlock):
-    """Table 3b, row 2 (oIoU 74.86): the words select, [CLS] does not. Its row of S and M is zero."""
+    """Table 3b, row 2 (oIoU 74.86): the words select, [CLS] does not. Its rows of S and M are zero; no Eq. 5."""
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         G, mask_G, S, M = super().forward(F_v, Q_l[:, 1:], mask_l[:, 1:])
@@ -263,7 +266,8 @@ class GlobalOnly(VISBlock):
 class SigmoidThreshold(VISBlock):
     """Table 4a, row 1 (oIoU 74.81): a pixel is selected where the sigmoid of its similarity exceeds 0.5.
 
-    A token may select nothing: its E is then zero, and M_hat, the same for every pixel, hides none from it.
+    Ours: the mean divides by the number selected. A token may select nothing: its E is then zero, and M_hat, the
+    same for every pixel, hides none from it. There is no ratio.
     """
 
     def select(self, S: Tensor) -> Tensor:
@@ -274,14 +278,17 @@ class SigmoidThreshold(VISBlock):
 
 
 class NoSimilarityWeights(VISBlock):
-    """Table 4c, row 1 (oIoU 75.05): E is the plain mean of the selected pixels."""
+    """Table 4c, row 1 (oIoU 75.05): E is the plain mean of the selected pixels, K times as large as VEGA's.
+
+    Eq. 5 alone teaches the projections.
+    """
 
     def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
         return M @ F_v / self.K(F_v.shape[1])
 
 
 class NoNormalisation(VISBlock):
-    """Table 4d, row 1 (oIoU 74.97): the similarities weigh as they are."""
+    """Table 4d, row 1 (oIoU 74.97): the similarities of the selected pixels weigh as they are, also negative ones."""
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
         return S
@@ -307,11 +314,11 @@ class Variant(NamedTuple):
     """A row of the paper's ablations, and what the model makes of it."""
 
     table: str
-    row: str  # in the paper's words
+    row: str
     oIoU: float  # the paper's, on RefCOCO val, in per cent
     block: type[VISBlock] = VISBlock
     enhanced: bool = True  # the linguistic tokens look at F_v before they select and enter G
-    contrastive: bool = True  # Eq. 5 is in the loss; not where [CLS] has no row in S
+    contrastive: bool = True  # Eq. 5 is in the loss; it needs the similarities of [CLS]
 
 
 VARIANTS = {
