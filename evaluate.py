@@ -3,15 +3,22 @@
     python evaluate.py --split val testA testB           the newest run, as the paper's Table 5
     python evaluate.py --split val --shuffle-expressions does the model listen to the words?
     python evaluate.py --image photo.jpg --expression "the man on the left"
+    python evaluate.py --benchmark --image-size 480      what VEGA costs beside its two encoders alone
 
 Under torchrun the batches are dealt to the ranks, and no sample is counted twice or dropped.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
+import multiprocessing
 import os
 import re
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +43,7 @@ from data import (
     tokenize,
 )
 from model import VEGA, VEGAConfig, check_fit
+from selection import VISBlock
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 BATCH_SIZE = 16  # of evaluation; fixed, since another batch may round another way
@@ -82,6 +90,25 @@ def autocast(device: torch.device, precision: str):
 def resolve_precision(precision: str | None, device: torch.device) -> str:
     """What was asked for, or bf16 on cards that have it and fp32 elsewhere."""
     return precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+
+
+def compiled(model: torch.nn.Module):
+    """The model through torch.compile; if that fails at a call, a line says so and it goes on without."""
+    call = torch.compile(model)
+
+    def forward(*inputs):
+        nonlocal call
+        try:
+            return call(*inputs)
+        except Exception as error:  # of dynamo, of inductor, of the C++ compiler: many classes
+            if call is model:
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            print(f"--compile does not work here ({reason}); going on without it", flush=True)
+            call = model
+            return model(*inputs)
+
+    return forward
 
 
 def model_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -234,7 +261,7 @@ def table(name: str, scores: dict[str, dict]) -> str:
 @torch.no_grad()
 def evaluate(
     model: VEGA, dataset: RefDataset, device: torch.device, precision: str = "fp32", batch_size: int = BATCH_SIZE,
-    workers: int = 0, resolution: str = "input",
+    workers: int = 0, resolution: str = "input", forward=None,
 ) -> Metrics:  # fmt: skip
     """Count every sentence of every object once, whatever the number of processes.
 
@@ -243,6 +270,7 @@ def evaluate(
     Args:
         resolution: "input" compares at the model's input size with the mask resized to it by nearest (the
             paper's peers' protocol); "original" at the image's own size, the logits resized to it.
+        forward: the model, compiled.
     """
     model.eval()
     loader = DataLoader(
@@ -256,7 +284,7 @@ def evaluate(
     )  # fmt: skip
     for batch in bar:
         with autocast(device, precision):
-            output = model(*model_inputs(batch, device))
+            output = (forward or model)(*model_inputs(batch, device))
         if resolution == "input":
             metrics.update(output["logits"] > 0, batch["mask"].to(device), batch["index"])
             continue
@@ -353,6 +381,152 @@ def pictures(
     sheet(folder / f"expressions-{name}.png", rows)
 
 
+# The benchmark
+
+
+class Encoders(torch.nn.Module):
+    """VEGA's own Swin and BERT without what VEGA adds: the least that an image and a sentence cost."""
+
+    def __init__(self, model: VEGA):
+        super().__init__()
+        self.bert, self.swin = model.bert, model.vision.swin
+
+    def forward(self, image, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        words = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return words, self.swin.forward_features(image)
+
+
+class LiteralVISBlock(VISBlock):
+    """Algorithm 1 with the weighted sum as the pseudocode has it, over tensors of [B, T, N, D]."""
+
+    def weigh(self, M, S_norm, F_v):
+        F_v = F_v.unsqueeze(1).repeat(1, M.shape[1], 1, 1)  # [B, T, N, D]
+        return (M.unsqueeze(-1) * S_norm.unsqueeze(-1) * F_v).sum(dim=2) / self.K(M.shape[2])
+
+
+def random_inputs(config: VEGAConfig, batch_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """image, input_ids, attention_mask and mask of full length, for timing."""
+    image = torch.randn(batch_size, 3, config.image_size, config.image_size, device=device)
+    input_ids = torch.randint(5, config.bert["vocab_size"], (batch_size, config.max_tokens), device=device)
+    return image, input_ids, torch.ones_like(input_ids), image[:, 0] > 1.5
+
+
+def training_step(model: torch.nn.Module, inputs: tuple, precision: str):
+    """A function that takes one step of AdamW; the gradients stay allocated, as they do under accumulation."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    *inputs, mask = inputs
+
+    def step():
+        optimizer.zero_grad(set_to_none=False)
+        model.train()
+        with autocast(mask.device, precision):
+            output = model(*inputs)
+        loss = model.loss(output, mask)["loss"] if isinstance(output, dict) else sum(o.float().mean() for o in output)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(functions: dict, repeats: int = 5) -> dict[str, float]:
+    """The median time of each function, called in turn after a first call that is not counted."""
+    times = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name] += [time.perf_counter() - start] * (repeat > 0)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def step_memory(config: VEGAConfig, batch_size: int, device: torch.device, precision: str, checkpointing: bool) -> dict:
+    """MB that a training step takes, in a process of its own: weights, gradients, optimiser, activations and peak.
+
+    The activations are the peak less the rest. On the CPU the peak is the process's largest resident size less
+    the size that it had before the model was built.
+    """
+
+    def resident(key: str) -> float:
+        return float(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+
+    before = resident("VmRSS") if device.type == "cpu" else 0.0
+    model = VEGA(config).to(device)
+    if checkpointing:
+        model.vision.swin.set_grad_checkpointing()
+    step = training_step(model, random_inputs(config, batch_size, device), precision)
+    step(), step()
+    peak = resident("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e6
+    weights = sum(p.nbytes for p in [*model.parameters(), *model.buffers()]) / 1e6
+    gradients = sum(p.nbytes for p in model.parameters()) / 1e6
+    return {"weights": weights, "gradients": gradients, "optimiser": 2 * gradients,
+            "activations": peak - weights - 3 * gradients, "peak": peak}  # fmt: skip
+
+
+def benchmark(model: str, image_size: int | None, batch_size: int, device: torch.device, precision: str) -> dict:
+    """Time and memory at random weights of VEGA beside its own two encoders, in one process; returns what it prints."""
+    preset = getattr(VEGAConfig, model)
+    config = preset(**({"image_size": image_size} if image_size else {}))
+    memory = {}
+    for name in ("without checkpointing", "with checkpointing"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            arguments = config, batch_size, device, precision, name == "with checkpointing"
+            memory[name] = process.submit(step_memory, *arguments).result()
+
+    vega, words_only = VEGA(config), VEGA(dataclasses.replace(config, variant="enhanced-linguistic"))
+    words_only.bert, words_only.vision = vega.bert, vega.vision  # the same encoders for all three
+    models = {"two encoders alone": Encoders(vega), "VEGA": vega, "VEGA without the visual expression": words_only}
+    inputs = random_inputs(config, batch_size, device)
+
+    def forward(one):
+        with torch.inference_mode(), autocast(device, precision):
+            one(*inputs[:3])
+
+    forwards, steps = {}, {}
+    for name, one in models.items():
+        forwards[name] = functools.partial(forward, one.to(device))
+        steps[name] = training_step(one, inputs, precision)
+    vega.eval(), words_only.eval()
+    forward_s = seconds(forwards)
+    step_s = seconds(steps)
+
+    # the VIS block beside the literal pseudocode
+    N, T, D = vega.eval()(*inputs[:3])["selection"].S.shape[2], config.max_tokens, config.bert["hidden_size"]
+    F_v, Q_l = torch.randn(batch_size, N, D, device=device), torch.randn(batch_size, T, D, device=device)
+    literal = LiteralVISBlock(D, config.attention_heads, config.ratio).to(device).eval()
+    _, _, S, M = vega.vis(F_v, Q_l, inputs[2])
+    with torch.inference_mode():
+        vis_s = seconds({
+            "VIS block": lambda: vega.vis(F_v, Q_l, inputs[2]),
+            "VIS block, literally": lambda: literal(F_v, Q_l, inputs[2]),
+            "weighted sum": lambda: vega.vis.weigh(M, S, F_v),
+            "weighted sum, literally": lambda: literal.weigh(M, S, F_v),
+        }, repeats=50)  # fmt: skip
+
+    hardware = f"cpu, {torch.get_num_threads()} threads"
+    result = {
+        "model": model, "image_size": config.image_size, "batch_size": batch_size, "precision": precision,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else hardware,
+        "forward_s": forward_s, "step_s": step_s, "vis_s": vis_s,
+        "memory_MB": memory,
+    }  # fmt: skip
+    print(f"{model} at {config.image_size} x {config.image_size}, batch {batch_size}, {precision}, {result['device']}")
+    print(f"{'':<36}{'forward':>10}{'ratio':>7}{'images/s':>10}{'step':>10}{'ratio':>7}{'images/s':>10}")
+    for name in models:
+        row = f"{name:<36}"
+        for times in (forward_s, step_s):
+            least = times["two encoders alone"]
+            row += f"{1e3 * times[name]:>7.0f} ms{times[name] / least:>7.2f}{batch_size / times[name]:>10.2f}"
+        print(row)
+    for name in ("VIS block", "weighted sum"):
+        ours, theirs = 1e3 * vis_s[name], 1e3 * vis_s[f"{name}, literally"]
+        print(f"{name}, N = {N}: {ours:.2f} ms, literally {theirs:.2f} ms, {theirs / ours:.1f} times as long")
+    for name, parts in memory.items():
+        print(f"step {name}, MB: " + ", ".join(f"{part} {value:.0f}" for part, value in parts.items()))
+    return result
+
+
 # The command
 
 
@@ -383,7 +557,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--checkpoint", metavar="FILE", help="default: best.pt of the newest run under runs/")
     flag("--dataset", choices=DATASETS, help="default: the one that the checkpoint was trained on")
     flag("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
-    flag("--batch-size", type=int, default=BATCH_SIZE, help=f"images per forward pass (default: {BATCH_SIZE})")
+    flag("--batch-size", type=int, help=f"images per forward pass (default: {BATCH_SIZE}; of --benchmark 1)")
     flag("--resolution", choices=("input", "original"), default="input",
          help="compare masks at the model's input size (the paper's protocol) or at the image's own")
     flag("--json", metavar="FILE", help="also write the scores there: split -> scores in per cent")
@@ -393,6 +567,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--shuffle-expressions", action="store_true", help="give each sample the expression of another image")
     flag("--image", metavar="FILE", help="segment this photograph instead of a dataset")
     flag("--expression", metavar="TEXT", help="what to segment in --image")
+    flag("--benchmark", action="store_true", help="time a model at random weights, beside its two encoders alone")
+    flag("--model", choices=("tiny", "base"), default="base", help="of --benchmark (default: base)")
     # fmt: on
     common_flags(parser)
     args = parser.parse_args(argv)
@@ -421,6 +597,13 @@ def segment_photograph(checkpoint: Path, args: argparse.Namespace) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> dict | None:
     args = parse(argv)
+    if args.benchmark:
+        device = pick_device(args.device)
+        precision = resolve_precision(args.precision, device)
+        result = benchmark(args.model, args.image_size, args.batch_size or 1, device, precision)
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=2))
+        return result
     checkpoint_file = Path(args.checkpoint) if args.checkpoint else newest_run("best.pt")
     if args.image is not None:
         return segment_photograph(checkpoint_file, args)
@@ -432,13 +615,15 @@ def main(argv: list[str] | None = None) -> dict | None:
     precision = resolve_precision(args.precision or checkpoint["precision"], device)
     workers = args.workers if args.workers is not None else (0 if name == "shapes" else 4)
     scores, lines = {}, []
-    forward = torch.compile(model) if args.compile else model
+    forward = compiled(model) if args.compile else None
     for split in args.split or list(DATASETS[name].splits)[1:2]:
         dataset = RefDataset(name, split, args.data)
         dataset.use(tokenizer, model.config.max_tokens, model.config.image_size, training=False)
         if args.shuffle_expressions:
             dataset.shuffle_expressions()
-        metrics = evaluate(forward, dataset, device, precision, args.batch_size, workers, args.resolution)
+        metrics = evaluate(
+            model, dataset, device, precision, args.batch_size or BATCH_SIZE, workers, args.resolution, forward
+        )
         scores[split] = metrics.compute()
         for (index, _, _), iou in zip(metrics.counts, metrics.ious()):
             lines.append(json.dumps({"split": split, **dataset.ids(index), "iou": iou}))

@@ -47,7 +47,7 @@ class VEGAConfig:
     ratio: float = 0.3  # of the pixels that each word selects
     attention_heads: int = 8  # of every cross- and self-attention that VEGA adds
     decoder_width: int = 256
-    dropout: float = 0.1  # in BERT and in the attention layers that VEGA adds
+    dropout: float = 0.1  # in BERT, the words' enhancement and the VIS block
     contrastive: float = 0.5  # weight of Eq. 5 beside the mask's cross-entropy
     dice: float = 0.0  # weight of a Dice term
 
@@ -62,7 +62,7 @@ class VEGAConfig:
         bert = dict(vocab_size=64, hidden_size=192, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512)
         sizes = dict(
             image_size=128, embed_dim=48, depths=(1, 1, 4), num_heads=(2, 4, 8), window_size=8, drop_path=0.0,
-            coordinates=True, decoder_width=64, dropout=0.0, dice=1.0, bert=bert,
+            coordinates=True, attention_heads=4, decoder_width=64, dropout=0.0, dice=1.0, bert=bert,
         )  # fmt: skip
         return cls(**{**sizes, **overrides})
 
@@ -173,29 +173,31 @@ class VisionEncoder(nn.Module):
 class Decoder(nn.Module):
     """From the last stage to the first: look at the guidance set, upsample, join the encoder's map (Sec. 3.3)."""
 
-    def __init__(self, vision_dims: list[int], guidance_dim: int, width: int, num_heads: int, dropout: float):
+    def __init__(self, vision_dims: list[int], guidance_dim: int, width: int, num_heads: int):
         super().__init__()
         *skip_dims, last_dim = vision_dims
         self.project = nn.Linear(last_dim, width)
-        self.attentions = nn.ModuleList(AttentionLayer(width, num_heads, guidance_dim, dropout) for _ in vision_dims)
-        self.merges = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(width + dim, width, 3, padding=1, bias=False), nn.GroupNorm(width // 8, width), nn.ReLU()
-            )
-            for dim in reversed(skip_dims)
+        self.attentions = nn.ModuleList(AttentionLayer(width, num_heads, guidance_dim) for _ in vision_dims)
+        self.project_x = nn.ModuleList(nn.Linear(width, width) for _ in skip_dims)
+        self.project_skip = nn.ModuleList(nn.Linear(dim, width, bias=False) for dim in reversed(skip_dims))
+        self.convolutions = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(width // 8, width), nn.ReLU())
+            for _ in skip_dims
         )
+        self.convolutions.to(memory_format=torch.channels_last)  # as the maps lie in memory
         self.head = nn.Linear(width, 1)
 
     def forward(self, features: list[Tensor], G: Tensor, mask_G: Tensor) -> Tensor:
         """features [B, H_i, W_i, C_i] with stride 4 first, G [B, R, D], mask_G [B, R] -> logits [B, H / 4, W / 4]."""
         *skips, last = features
-        x = self.project(last)  # [B, H_i, W_i, width], from the smallest map to the largest
-        for i, attention in enumerate(self.attentions):
-            if i > 0:
-                skip = skips[-i].permute(0, 3, 1, 2)
-                x = F.interpolate(x.permute(0, 3, 1, 2), skip.shape[-2:], mode="bilinear")
-                x = self.merges[i - 1](torch.cat([x, skip], dim=1)).permute(0, 2, 3, 1)
-            x = attention(x.flatten(1, 2), G, mask_G).unflatten(1, x.shape[1:3])
+        x = self.attentions[0](self.project(last).flatten(1, 2), G, mask_G).unflatten(1, last.shape[1:3])
+        for skip, project_x, project_skip, convolution, attention in zip(
+            reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:]
+        ):
+            # a linear layer over the concatenated maps, as the sum of its two halves: x is cheaper while it is small
+            x = F.interpolate(project_x(x).permute(0, 3, 1, 2), skip.shape[1:3], mode="bilinear")
+            x = convolution(x + project_skip(skip).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H_i, W_i, width]
+            x = attention(x.flatten(1, 2), G, mask_G).unflatten(1, skip.shape[1:3])
         return self.head(x)[..., 0]
 
 
@@ -217,7 +219,7 @@ class VEGA(nn.Module):
         self.enhance = AttentionLayer(D, heads, dropout=dropout) if variant.enhanced else None
         self.vis = variant.block(D, heads, config.ratio, dropout)
         self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU)) if variant.contrastive else None
-        self.decoder = Decoder(self.vision.dims, D, config.decoder_width, heads, dropout)
+        self.decoder = Decoder(self.vision.dims, D, config.decoder_width, heads)
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict:
         """Segment what each expression names.

@@ -274,6 +274,28 @@ def test_a_threshold_may_select_nothing():
     assert output.G.isfinite().all() and Q_l.grad.isfinite().all()
 
 
+def test_no_tensor_of_words_times_pixels_times_channels():
+    """The literal weighted sum makes tensors of B x T x N x D; ours makes none, forward or backward."""
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(output):
+                self.size = max(self.size, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return output
+
+    B, T, N, D = 2, 21, 225, 64
+    F_v, Q_l = torch.randn(B, N, D, requires_grad=True), torch.randn(B, T, D, requires_grad=True)
+    sizes = []
+    for block in (VISBlock(D), evaluate.LiteralVISBlock(D)):
+        with Largest() as largest:
+            block(F_v, Q_l, torch.ones(B, T)).G.sum().backward()
+        sizes.append(largest.size)
+    assert sizes[0] < B * T * N * D / 5 and sizes[1] >= B * T * N * D
+
+
 def test_contrastive_loss_is_equation_5():
     """Worked pixel by pixel, and the gradient of tau against a finite difference."""
     torch.manual_seed(0)
@@ -402,6 +424,18 @@ def test_every_parameter_of_a_variant_learns(name):
     model.loss(output, target)["loss"].backward()
     assert output["logits"].isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model("vega", depths=(2, 2), drop_path=0.5).train()
+        model.vision.swin.set_grad_checkpointing(checkpointing)
+        image, ids, mask = random_batch(model.config, 4)
+        torch.manual_seed(0)  # of drop path
+        model.loss(model(image, ids, mask), image[:, 0] > 1)["loss"].backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 1e-5
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
@@ -1285,6 +1319,51 @@ def test_a_wrong_input_gets_one_clear_message(script, flags, message, trained, s
     assert stopped.value.code not in (0, None)
     assert message in str(stopped.value.code) + capsys.readouterr().err
     assert sorted(trained.rglob("*")) == before
+
+
+def test_a_failing_compiler_is_told_and_left(trained, small, monkeypatch, capsys):
+    def broken(model):
+        def call(*inputs):
+            raise RuntimeError("no C++ compiler\nmore")
+
+        return call
+
+    monkeypatch.chdir(trained)
+    plain = evaluate.main(["--data", str(small)])
+    monkeypatch.setattr(torch, "compile", broken)
+    assert evaluate.main(["--data", str(small), "--compile"]) == plain
+    assert "--compile does not work here (no C++ compiler); going on without it" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_metrics(small, tmp_path, capsys):
+    command = ["--data", str(small), "--max-steps", "3", "--batch-size", "4", "--log-every", "1", "--out"]
+    losses = []
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
+        train.main([*command, str(tmp_path / name), *extra])
+        losses.append([line["loss"] for line in map(json.loads, open(tmp_path / name / "log.jsonl")) if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    plain, compiled = (
+        evaluate.main(["--data", str(small), "--checkpoint", str(tmp_path / "plain" / "best.pt"), *extra])["val"]
+        for extra in ([], ["--compile"])
+    )
+    assert compiled == pytest.approx(plain, abs=0.05)
+    assert "does not work here" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_benchmark(tmp_path, capsys):
+    file = tmp_path / "benchmark.json"
+    evaluate.main(["--benchmark", "--model", "tiny", "--batch-size", "2", "--json", str(file)])
+    result, printed = json.loads(file.read_text()), capsys.readouterr().out
+    for times in (result["forward_s"], result["step_s"]):
+        assert set(times) == {"two encoders alone", "VEGA", "VEGA without the visual expression"}
+        assert f"{times['VEGA'] / times['two encoders alone']:.2f}" in printed and min(times.values()) > 0
+    parameters = sum(p.nbytes for p in VEGA(VEGAConfig.tiny()).parameters()) / 1e6
+    for parts in result["memory_MB"].values():
+        assert parts["gradients"] == parameters and parts["optimiser"] == 2 * parameters
+        assert parts["activations"] > 0
+        assert sum(parts.values()) == pytest.approx(2 * parts["peak"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

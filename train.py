@@ -26,7 +26,7 @@ from transformers import BertTokenizer
 
 from data import DATASETS, InputError, RefDataset, TrainingBatches, command_line, make_tokenizer, start_loader
 from evaluate import (
-    FORMAT, autocast, check_numbers, common_flags, evaluate, model_inputs, newest_run, rank, read_checkpoint,
+    FORMAT, autocast, check_numbers, common_flags, compiled, evaluate, model_inputs, newest_run, rank, read_checkpoint,
     resolve_precision, restore, start_processes, world,
 )  # fmt: skip
 from evaluate import main as evaluate_main
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays to zero over them")
     flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 7e-4 for tiny)")
     flag("--weight-decay", type=float, help="default: 0.01; none on norms, biases and relative position tables")
-    flag("--dropout", type=float, help="in BERT and the attention layers that VEGA adds (base: 0.1, tiny: 0)")
+    flag("--dropout", type=float, help="in BERT, the words' enhancement and the VIS block (base: 0.1, tiny: 0)")
     flag("--drop-path", type=float, help="stochastic depth of the last Swin block (base: 0.3, tiny: 0)")
     flag("--dice", type=float, metavar="WEIGHT", help="weight of a Dice term in the loss (base: 0, tiny: 1)")
     flag("--coordinates", action=argparse.BooleanOptionalAction, help="add pixel coordinates to the patch embedding")
@@ -72,11 +72,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--overwrite", action="store_true", help="let --out replace the run that is there")
     flag("--resume", action="store_true", help="go on from last.pt of --out, or of the newest run")
     flag("--checkpoint-every", type=int, metavar="STEPS", help="write last.pt also between validations")
+    flag("--gradient-checkpointing", action="store_true", help="compute Swin's blocks again in backward: less memory")
     flag("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
     flag("--validate-every", type=int, metavar="STEPS", help="default: every epoch")
     # fmt: on
     common_flags(parser)
-    parser.set_defaults(no_pretrained=None, overwrite=None, resume=None, compile=None)  # None: not given
+    parser.set_defaults(
+        no_pretrained=None, overwrite=None, resume=None, compile=None, gradient_checkpointing=None
+    )  # None: not given
     args = parser.parse_args(argv)
     counts = ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every")
     shares = ("lr", "weight_decay", "dropout", "drop_path", "dice", "seed", "workers")
@@ -199,6 +202,7 @@ def main(argv: list[str] | None = None) -> dict:
         train, val = (RefDataset(args.dataset, split, args.data) for split in (train_split, val_split))
         model, tokenizer = build(args, train.expressions) if resumed is None else restore(resumed, torch.device("cpu"))
     model.to(device)
+    model.vision.swin.set_grad_checkpointing(bool(args.gradient_checkpointing))
     config = model.config
     for dataset in (train, val):
         dataset.use(tokenizer, config.max_tokens, config.image_size, training=dataset is train, seed=args.seed)
@@ -215,7 +219,7 @@ def main(argv: list[str] | None = None) -> dict:
         optimizer.load_state_dict(resumed["optimizer"])
         done, best = resumed["step"], resumed["best"]
     parallel = DistributedDataParallel(model) if world() > 1 else model
-    forward = torch.compile(parallel) if args.compile else parallel
+    forward = compiled(parallel) if args.compile else parallel
     loader = DataLoader(
         train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
         batch_sampler=TrainingBatches(len(train), args.batch_size, done, total, args.seed, rank(), world()),
