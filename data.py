@@ -137,19 +137,20 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
     that crosses the middle of a pixel column toggles the column from there downwards.
     """
     scale = 5
-    fine = np.trunc(scale * points + 0.5).astype(np.int64)
-    outline = []
-    for start, end in zip(fine, np.roll(fine, -1, axis=0)):
-        long = 0 if abs(end[0] - start[0]) >= abs(end[1] - start[1]) else 1  # the axis walked in steps of one
-        flip = start[long] > end[long]
-        low, high = (end, start) if flip else (start, end)
-        steps = np.arange(high[long] - low[long] + 1)
-        walk = np.empty((len(steps), 2), dtype=np.int64)
-        walk[:, long] = low[long] + steps
-        slope = (high[1 - long] - low[1 - long]) / max(high[long] - low[long], 1)
-        walk[:, 1 - long] = np.trunc(low[1 - long] + slope * steps + 0.5)
-        outline.append(walk[::-1] if flip else walk)
-    x, y = np.concatenate(outline).T
+    start = np.trunc(scale * points + 0.5).astype(np.int64)
+    end = np.roll(start, -1, axis=0)
+    length = np.abs(end - start)
+    upright = length[:, 1] > length[:, 0]  # edges whose longer axis is y: walked with the axes swapped
+    start[upright], end[upright] = start[upright, ::-1], end[upright, ::-1]
+    flip = start[:, 0] > end[:, 0]  # edges walked from their end
+    low, high = np.where(flip[:, None], end, start), np.where(flip[:, None], start, end)
+    steps = length.max(axis=1)
+    slope = (high - low)[:, 1] / np.maximum(steps, 1)
+    edge = np.repeat(np.arange(len(points)), steps + 1)
+    step = np.arange(len(edge)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
+    step = np.where(flip[edge], steps[edge] - step, step)
+    walk = np.stack([low[edge, 0] + step, np.trunc(low[edge, 1] + slope[edge] * step + 0.5).astype(np.int64)])
+    x, y = np.where(upright[edge], walk[::-1], walk)
     turned = np.flatnonzero(x[1:] != x[:-1])  # steps that move sideways
     column = (np.minimum(x[turned], x[turned + 1]) + 0.5) / scale - 0.5
     row = (np.minimum(y[turned], y[turned + 1]) + 0.5) / scale - 0.5
