@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ def command_line(main):
         except (InputError, OSError) as error:
             # a loader process sends its traceback along in the message
             raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from error
+        except RuntimeError as error:
+            if torch.distributed.is_initialized() and re.search("connection|nccl", str(error), re.IGNORECASE):
+                raise SystemExit("error: another process has stopped, and so does this one") from None
+            raise
 
     return wrapped
 

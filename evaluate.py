@@ -78,7 +78,7 @@ def start_processes(device: str | None) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -140,17 +140,8 @@ def read_checkpoint(path: str | Path) -> dict:
         raise InputError(f"{path} is not a checkpoint of this program")
     if checkpoint["format"] != FORMAT:
         raise InputError(f"{path} has format {checkpoint['format']}, this program reads format {FORMAT}: update it")
-    absent = {
-        "config",
-        "model",
-        "tokenizer",
-        "step",
-        "best",
-        "precision",
-        "dataset",
-        "args",
-        "optimizer",
-    } - checkpoint.keys()
+    parts = "config model tokenizer step best precision dataset args optimizer sums logged_step"
+    absent = set(parts.split()) - checkpoint.keys()
     if absent:
         raise InputError(f"{path} lacks {', '.join(sorted(absent))}: it is not a whole checkpoint")
     return checkpoint

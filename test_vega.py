@@ -7,8 +7,10 @@ import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1255,36 +1257,203 @@ def test_missing_data_is_told_in_a_few_lines(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_resume_goes_on_as_if_nothing_had_happened(small, tmp_path, monkeypatch):
+# Long runs
+
+RUN = ("--batch-size", "4", "--log-every", "1", "--image-size", "64", "--dropout", "0.1", "--drop-path", "0.1")
+
+
+def start(*command, nproc=1) -> subprocess.Popen:
+    """Like `run`, but goes on; its processes can be killed together."""
+    torchrun = [] if nproc == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--master_port=0",
+                                      "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *torchrun, HERE / "train.py", *map(str, command)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_until(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+
+
+def log_of(out: Path) -> list[dict]:
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "waited")} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, optimiser and log are equal, bit for bit."""
+    assert log_of(a) == log_of(b)
+    for file in ("last.pt", "best.pt"):
+        one, other = (evaluate.read_checkpoint(out / file) for out in (a, b))
+        assert one["step"] == other["step"] and one["best"] == other["best"]
+        for name, value in one["model"].items():
+            assert torch.equal(value, other["model"][name]), name
+        for number, state in one["optimizer"]["state"].items():
+            assert all(torch.equal(value, other["optimizer"]["state"][number][key]) for key, value in state.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc, kills", [(1, 10), (2, 2)])
+def test_kill_9_at_any_moment_loses_nothing(nproc, kills, small, tmp_path):
     command = [
         "--data",
-        str(small),
+        small,
+        *RUN,
         "--max-steps",
-        "4",
-        "--batch-size",
-        "4",
+        40,
+        "--checkpoint-every",
+        3,
+        "--validate-every",
+        20,
         "--log-every",
-        "1",
-        "--dropout",
-        "0.1",
-        "--drop-path",
-        "0.1",
+        2,
     ]
-    train.main([*command, "--out", str(tmp_path / "whole")])
-    real = train.save
+    assert run(HERE / "train.py", *command, "--out", tmp_path / "whole", nproc=nproc).returncode == 0
+    out, torn = tmp_path / "cut", 0
+    for kill in range(kills):
+        process = start(*(command if kill == 0 else ["--data", small, "--resume"]), "--out", out, nproc=nproc)
+        before = (out / "last.pt").stat().st_mtime_ns if kill else 0
+        if kill % 2:  # while a checkpoint is being written
+            wait_until(lambda: (out / "last.pt.part").exists(), process)
+        else:  # at some moment after one
+            wait_until(lambda: (out / "last.pt").exists() and (out / "last.pt").stat().st_mtime_ns > before, process)
+            time.sleep(0.05 * kill)
+        os.killpg(process.pid, signal.SIGKILL)
+        for child in children_of(process.pid):
+            os.kill(child, signal.SIGKILL)
+        process.communicate()
+        torn += (out / "last.pt.part").exists()
+    assert torn > 0
+    assert run(HERE / "train.py", "--data", small, "--resume", "--out", out, nproc=nproc).returncode == 0
+    assert_same_run(tmp_path / "whole", out)
 
-    def save_then_stop(path, checkpoint):
-        real(path, checkpoint)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*command, "--out", str(tmp_path / "cut"), "--checkpoint-every", "2"])
-    monkeypatch.setattr(train, "save", real)
+def children_of(pid: int) -> list[int]:
+    """Processes below this one, without those that have ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z":
+            found += [int(folder.name), *children_of(int(folder.name))]
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_and_resume_goes_on(number, small, tmp_path):
+    command = ["--data", small, *RUN, "--max-steps", 8, "--log-every", 3]
+    process = start(*command, "--out", tmp_path / "cut")
+    wait_until(lambda: (tmp_path / "cut" / "log.jsonl").exists() and log_of(tmp_path / "cut"), process)
+    os.kill(process.pid, number)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "Traceback" not in printed
+    step = int(re.search(r"stopped after step (\d+) of 8; go on with: python train.py --resume --out", printed)[1])
+    assert evaluate.read_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step < 8
     train.main(["--resume", "--out", str(tmp_path / "cut"), "--data", str(small)])
-    whole, cut = (evaluate.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    for name, value in whole["model"].items():
-        assert torch.equal(value, cut["model"][name]), name
+    train.main([*map(str, command), "--out", str(tmp_path / "whole")])
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(small, tmp_path):
+    out = tmp_path / "run"
+    train.main([*RUN, "--data", str(small), "--max-steps", "2", "--out", str(out)])
+    before = (out / "last.pt").read_bytes()
+    (out / "last.pt.part").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="can't write .*last.pt .* from before is whole. Make room, then --resume"):
+        train.main(["--resume", "--resume-anyway", "--max-steps", "4", "--out", str(out), "--data", str(small)])
+    assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.part").exists()
+    assert evaluate.read_checkpoint(out / "last.pt")["step"] == 2
+
+
+def test_a_loss_that_is_not_finite_names_its_samples(small, tmp_path):
+    command = [*RUN, "--data", str(small), "--out", str(tmp_path / "run"), "--lr", "1e30", "--log-every", "5"]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*command, "--max-steps", "5"])
+    step, ids = re.search(
+        r"not finite at step (\d+); its ref_id/sent_id are (.*); there is no", stopped.value.code
+    ).groups()
+    dataset = data.RefDataset("shapes", "train", small)
+    objects = [
+        dataset.objects[number] for _, number in list(data.TrainingBatches(len(dataset.objects), 4, 0, 5, 0))[int(step) - 1]
+    ]
+    assert [int(pair.split("/")[0]) for pair in ids.split(", ")] == [item.ref_id for item in objects]
+    assert all(int(pair.split("/")[1]) in item.sent_ids for pair, item in zip(ids.split(", "), objects))
+
+
+def test_resume_with_other_settings(small, tmp_path):
+    out = tmp_path / "run"
+    train.main([*RUN, "--data", str(small), "--max-steps", "1", "--out", str(out)])
+    resume = ["--resume", "--data", str(small), "--out", str(out), "--lr", "1e-5", "--max-steps", "2"]
+    with pytest.raises(
+        SystemExit, match=r"this run has --max-steps 1, not 2; --lr 0.0007, not 1e-05: .* --resume-anyway"
+    ):
+        train.main(resume)
+    train.main([*resume, "--resume-anyway"])
+    assert [line["lr"] for line in log_of(out) if "lr" in line] == [7e-4, pytest.approx(1e-5 * 0.5**0.9)]
+
+
+def test_init_starts_from_a_trained_model(trained, small, tmp_path):
+    (best,) = (trained / "runs").glob("*/best.pt")
+    scores = train.main([
+        "--init", str(best), "--data", str(small), "--lr", "0", "--max-steps", "1", "--batch-size", "4", "--out", str(tmp_path / "run")
+    ])  # fmt: skip
+    assert scores == evaluate.main(
+        ["--checkpoint", str(best), "--data", str(small), "--split", "val", "testA", "testB"]
+    )
+
+
+@pytest.mark.slow
+def test_a_dead_process_takes_the_others_down(small, tmp_path):
+    process = start(*RUN, "--data", small, "--max-steps", 500, "--out", tmp_path / "run", nproc=2)
+    wait_until(lambda: (tmp_path / "run" / "log.jsonl").exists() and log_of(tmp_path / "run"), process)
+    (victim,) = [
+        child for child in children_of(process.pid) if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()
+        and b"LOCAL_RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()
+    ]  # fmt: skip
+    killed = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    printed = process.communicate(timeout=90)[0]
+    assert process.returncode != 0 and time.monotonic() - killed < 60, printed
+    assert printed.count("SIGKILL") >= 1 and 'train.py", line' not in printed, printed
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_train_alike(small, tmp_path):
+    """Ten steps without dropout and drop path: the losses agree to 1e-5, and then the logits."""
+    command = [
+        "--data",
+        small,
+        "--batch-size",
+        8,
+        "--log-every",
+        1,
+        "--image-size",
+        64,
+        "--max-steps",
+        10,
+        "--lr",
+        "1e-4",
+    ]
+    logs, logits = [], []
+    for nproc, extra in ((1, ()), (1, ("--micro-batch", 2)), (2, ()), (4, ())):
+        out = tmp_path / f"{nproc}{len(extra)}"
+        done = run(HERE / "train.py", *command, "--out", out, *extra, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        logs.append([line["loss"] for line in log_of(out) if "loss" in line])
+        model, _ = evaluate.restore(evaluate.read_checkpoint(out / "last.pt"), torch.device("cpu"))
+        with torch.no_grad():
+            logits.append(model(*random_batch(model.config))["logits"])
+    assert len(logs[0]) == 10
+    for other in logs[1:]:
+        assert other == pytest.approx(logs[0], abs=1e-5)
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -1293,7 +1462,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(small, tmp_path, monkeypatch)
         ("train.py", ["--lr", "-1"], "--lr is -1.0, but must be at least 0"),
         ("train.py", ["--device", "gpu"], "--device gpu can't be used here"),
         ("train.py", ["--batch-size", "0"], "must be at least 1"),
-        ("train.py", ["--variant", "threshold"], "choose from vega, linguistic, enhanced-linguistic"),
+        ("train.py", ["--variant", "threshold"], "invalid choice: 'threshold'"),
         ("train.py", ["--image-size", "130"], "multiple of 4"),
         ("train.py", ["--resume", "--dice", "0"], "this run has --dice 1.0, not 0.0"),
         ("train.py", ["--resume", "--no-coordinates"], "this run has --coordinates True, not False"),

@@ -11,8 +11,8 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,6 +38,8 @@ RECIPES = {
     "tiny": dict(epochs=3, batch_size=16, lr=7e-4, weight_decay=0.01, validate_every=None, log_every=10, workers=0),
     "base": dict(epochs=40, batch_size=16, lr=3e-5, weight_decay=0.01, validate_every=None, log_every=50, workers=4),
 }
+STOPPED = os.EX_TEMPFAIL  # exit status (75) of a run that a signal stopped and --resume goes on with
+RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "metrics.json")
 MODEL_FLAGS = ("variant", "image_size", "ratio", "drop_path", "dropout", "dice", "coordinates")  # fields of VEGAConfig
 
 
@@ -70,7 +72,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--no-pretrained", action="store_true", help="start base at random, not from pretrained weights")
     flag("--out", metavar="DIR", help="default: runs/DATASET-TIME")
     flag("--overwrite", action="store_true", help="let --out replace the run that is there")
+    flag("--init", metavar="CHECKPOINT", help="start from a trained model's weights, words and sizes")
     flag("--resume", action="store_true", help="go on from last.pt of --out, or of the newest run")
+    flag("--resume-anyway", action="store_true", help="... also with other flags than it was started with")
     flag("--checkpoint-every", type=int, metavar="STEPS", help="write last.pt also between validations")
     flag("--gradient-checkpointing", action="store_true", help="compute Swin's blocks again in backward: less memory")
     flag("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
@@ -78,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # fmt: on
     common_flags(parser)
     parser.set_defaults(
-        no_pretrained=None, overwrite=None, resume=None, compile=None, gradient_checkpointing=None
+        no_pretrained=None, overwrite=None, resume=None, resume_anyway=None, compile=None, gradient_checkpointing=None
     )  # None: not given
     args = parser.parse_args(argv)
     counts = ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every")
@@ -94,30 +98,36 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     if args.model == "base" and not args.no_pretrained:
         args.swin, args.bert = args.swin or PRETRAINED_SWIN, args.bert or PRETRAINED_BERT
     args.seed = args.seed or 0
-    preset = getattr(VEGAConfig, args.model)()
-    for name, value in {**RECIPES[args.model], **{name: getattr(preset, name) for name in MODEL_FLAGS}}.items():
+    config = dataclasses.asdict(getattr(VEGAConfig, args.model)())
+    if args.init:
+        config = read_checkpoint(args.init)["config"]
+    for name, value in {**RECIPES[args.model], **{name: config[name] for name in MODEL_FLAGS}}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.batch_size % world():
-        raise InputError(f"a batch of {args.batch_size} does not divide among {world()} processes")
-    args.micro_batch = min(args.micro_batch or args.batch_size, args.batch_size // world())
-    if args.batch_size // world() % args.micro_batch:
-        share = args.batch_size // world()
-        raise InputError(
-            f"each process's share of {share} images is not a multiple of --micro-batch {args.micro_batch}"
-        )
     return args
 
 
 def take_settings(args: argparse.Namespace, saved: dict) -> argparse.Namespace:
-    """The settings of the run to go on with; a flag that says otherwise is an error, but for the machine's own."""
-    machine = ("device", "data", "workers", "out", "resume", "overwrite")
-    for name, value in vars(args).items():
-        if name not in machine and value is not None and value != saved[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"this run has {flag} {saved[name]}, not {value}: leave the flag out to go on with it")
-    ours = {name: getattr(args, name) for name in machine if getattr(args, name) is not None}
-    return argparse.Namespace(**{**saved, **ours})
+    """The settings of the run to go on with. A flag that says otherwise is an error, unless one wants it anyway."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    machine = ("device", "data", "workers", "out", "resume", "resume_anyway", "overwrite")
+    others = [name for name in given if name not in machine and given[name] != saved.get(name)]
+    if others and not args.resume_anyway:
+        told = "; ".join(f"--{name.replace('_', '-')} {saved[name]}, not {given[name]}" for name in others)
+        raise InputError(f"this run has {told}: leave such flags out to go on with it, or add --resume-anyway")
+    return argparse.Namespace(**{**saved, **given})
+
+
+def split_batch(args: argparse.Namespace) -> None:
+    """Set the micro batch: at most a process's share of the batch, and a divisor of it."""
+    share, rest = divmod(args.batch_size, world())
+    if rest:
+        raise InputError(f"a batch of {args.batch_size} does not divide among {world()} processes")
+    args.micro_batch = min(args.micro_batch or share, share)
+    if share % args.micro_batch:
+        raise InputError(
+            f"each process's share of {share} images is not a multiple of --micro-batch {args.micro_batch}"
+        )
 
 
 @contextlib.contextmanager
@@ -134,6 +144,8 @@ def build(args: argparse.Namespace, words: list[str]) -> tuple[VEGA, BertTokeniz
     """The model at its starting weights, and its tokenizer: pretrained BERT's, or one made of the training words."""
     overrides = {name: getattr(args, name) for name in MODEL_FLAGS}
     say = print if rank() == 0 else str
+    if args.init:
+        return restore(read_checkpoint(args.init), torch.device("cpu"), **overrides)
     try:
         if args.bert:
             bert, tokenizer = load_bert(args.bert)
@@ -165,13 +177,83 @@ def make_optimizer(model: VEGA, lr: float, weight_decay: float) -> torch.optim.A
 
 
 def save(path: Path, checkpoint: dict) -> None:
-    """Write beside, flush to the disk, then rename: a kill in between leaves the previous file whole."""
+    """Write beside, flush to the disk, then rename: a kill or a full disk leaves the previous file whole."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
+        part.unlink(missing_ok=True)
+        kept = f"{path} from before is whole" if path.exists() else "there was none before"
+        raise InputError(
+            f"can't write {path} ({str(error).splitlines()[0]}); {kept}. Make room, then --resume"
+        ) from None
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Leave out the lines past a step, which a resumed run writes again, and a last line that was cut short."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept))
     part.replace(path)
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """A list that SIGINT and SIGTERM are added to, instead of what they do else; a second one does that."""
+    received = []
+
+    def note(number, frame):
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def in_any_process(flag: bool) -> bool:
+    """Whether it is true somewhere; every process asks at the same time."""
+    votes = torch.tensor(int(flag))
+    if world() > 1:
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def mean_over_processes(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if world() == 1 or not sums:
+        return sums
+    values = torch.stack(list(sums.values()))
+    dist.all_reduce(values)
+    return dict(zip(sums, values / world()))
+
+
+def stop_if_not_finite(sums: dict, recent: list, train: RefDataset, last: Path) -> None:
+    """Every process stops where a loss since the last look is not finite; rank 0 says which samples it had.
+
+    recent: of each step since then, its number, its samples and its loss in this process.
+    """
+    if all(value.isfinite() for value in sums.values()):
+        return recent.clear()
+    found = [(step, index.tolist()) for step, index, loss in recent if not loss.isfinite()]
+    parts = [found]
+    if world() > 1:
+        parts = [None] * world()
+        dist.all_gather_object(parts, found)
+    first = min(step for part in parts for step, _ in part)
+    ids = [train.ids(i) for part in parts for step, index in part if step == first for i in index]
+    named = ", ".join(f"{one['ref_id']}/{one['sent_id']}" for one in ids)
+    kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+    if rank():
+        raise SystemExit(1)
+    raise InputError(f"the loss is not finite at step {first}; its ref_id/sent_id are {named}; {kept}")
 
 
 @command_line
@@ -188,8 +270,9 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         args = settle(args)
         out = Path(args.out or f"runs/{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if any((out / file).exists() for file in ("last.pt", "best.pt", "log.jsonl")) and not args.overwrite:
+        if any((out / file).exists() for file in RUN_FILES) and not args.overwrite:
             raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or --overwrite it")
+    split_batch(args)
     if world() > 1:
         name = [out]
         dist.broadcast_object_list(name)  # the clock of rank 0 names the run
@@ -200,7 +283,12 @@ def main(argv: list[str] | None = None) -> dict:
     train_split, val_split, *test_splits = DATASETS[args.dataset].splits
     with rank_0_first():
         train, val = (RefDataset(args.dataset, split, args.data) for split in (train_split, val_split))
-        model, tokenizer = build(args, train.expressions) if resumed is None else restore(resumed, torch.device("cpu"))
+        if resumed is None:
+            model, tokenizer = build(args, train.expressions)
+        else:
+            model, tokenizer = restore(
+                resumed, torch.device("cpu"), **{name: getattr(args, name) for name in MODEL_FLAGS}
+            )
     model.to(device)
     model.vision.swin.set_grad_checkpointing(bool(args.gradient_checkpointing))
     config = model.config
@@ -214,10 +302,11 @@ def main(argv: list[str] | None = None) -> dict:
     steps_per_epoch = len(train) // args.batch_size
     total = args.max_steps or args.epochs * steps_per_epoch
     validate_every = args.validate_every or steps_per_epoch
-    done, best = 0, -1.0
+    done, best, sums, logged_step = 0, -1.0, {}, 0  # sums of the losses since the last line of the log
     if resumed is not None:
         optimizer.load_state_dict(resumed["optimizer"])
-        done, best = resumed["step"], resumed["best"]
+        done, best, logged_step = resumed["step"], resumed["best"], resumed["logged_step"]
+        sums = {name: value.to(device) for name, value in resumed["sums"].items()}
     parallel = DistributedDataParallel(model) if world() > 1 else model
     forward = compiled(parallel) if args.compile else parallel
     loader = DataLoader(
@@ -227,7 +316,12 @@ def main(argv: list[str] | None = None) -> dict:
     log = None
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl", "w" if resumed is None else "a", buffering=1)
+        if resumed is None:
+            for file in RUN_FILES:  # of the run that --overwrite replaces
+                (out / file).unlink(missing_ok=True)
+        else:
+            cut_log(out / "log.jsonl", done)
+        log = open(out / "log.jsonl", "a", buffering=1)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.model} VEGA, {size:.1f} M parameters, on {args.dataset}: {len(train)} objects, {total} steps of "
               f"{args.batch_size} on {world()} x {device.type}, {precision}; run: {out}", flush=True)  # fmt: skip
@@ -236,73 +330,79 @@ def main(argv: list[str] | None = None) -> dict:
         return {
             "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": precision,
             "config": dataclasses.asdict(config), "args": vars(args),
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums, "logged_step": logged_step,
             "tokenizer": {"vocab": tokenizer.get_vocab(), "do_lower_case": tokenizer.do_lower_case},
         }  # fmt: skip
 
     # training
     bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
-    sums, waited, logged_at, logged_step = {}, 0.0, time.perf_counter(), done
+    recent, waited, logged_at = [], 0.0, time.perf_counter()
     asked_at = time.perf_counter()
-    for step, batch in enumerate(start_loader(loader), done + 1):
-        waited += time.perf_counter() - asked_at
-        model.train()
-        lr = args.lr * (1 - (step - 1) / total) ** 0.9  # polynomial decay
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed((args.seed << 40) + (step << 12) + rank())  # dropout depends on nothing before this step
-        optimizer.zero_grad()
-        micros = [
-            dict(zip(batch, values)) for values in zip(*(value.split(args.micro_batch) for value in batch.values()))
-        ]
-        for i, micro in enumerate(micros):
-            last = i == len(micros) - 1
-            with contextlib.nullcontext() if last or world() == 1 else parallel.no_sync():  # gradients meet once a step
-                with autocast(device, precision):
-                    output = forward(*model_inputs(micro, device))
-                losses = model.loss(output, micro["mask"].to(device, non_blocking=True))
-                (losses["loss"] / len(micros)).backward()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.detach() / len(micros)
-        optimizer.step()
-        bar.update()
+    with noted_signals() as received:
+        for step, batch in enumerate(start_loader(loader), done + 1):
+            waited += time.perf_counter() - asked_at
+            model.train()
+            lr = args.lr * (1 - (step - 1) / total) ** 0.9  # polynomial decay
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed((args.seed << 40) + (step << 12) + rank())  # dropout depends on nothing before this step
+            optimizer.zero_grad()
+            micros = [
+                dict(zip(batch, values)) for values in zip(*(value.split(args.micro_batch) for value in batch.values()))
+            ]
+            for i, micro in enumerate(micros):
+                last = i == len(micros) - 1
+                with contextlib.nullcontext() if last or world() == 1 else parallel.no_sync():  # gradients meet once
+                    with autocast(device, precision):
+                        output = forward(*model_inputs(micro, device))
+                    losses = model.loss(output, micro["mask"].to(device, non_blocking=True))
+                    (losses["loss"] / len(micros)).backward()
+                recent.append((step, micro["index"], losses["loss"].detach()))
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach() / len(micros)
+            optimizer.step()
+            bar.update()
 
-        if step % args.log_every == 0 or step == total:
-            now, steps = time.perf_counter(), step - logged_step
-            values = torch.stack(list(sums.values())) / steps
-            if world() > 1:
-                dist.all_reduce(values)
-                values /= world()
-            means = dict(zip(sums, values.tolist()))
-            if not math.isfinite(means["loss"]):
-                raise InputError(
-                    f"the loss is {means['loss']} at step {step}; the last good checkpoint is {out / 'last.pt'}"
-                )
-            speed = steps * args.batch_size / (now - logged_at)
-            if log:
-                line = {"step": step, "epoch": step / steps_per_epoch, **means, "lr": lr, "images_per_s": speed,
-                        "waited": waited / (now - logged_at)}  # fmt: skip
-                log.write(json.dumps(line) + "\n")
-                bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images=f"{speed:.0f}/s")
-                if bar.disable and step % (10 * args.log_every) == 0:  # not a terminal: a line now and then
-                    print(f"step {step} of {total}: loss {means['loss']:.3f}, {speed:.0f} images/s", flush=True)
-            sums, waited, logged_at, logged_step = {}, 0.0, now, step
+            stopping = in_any_process(bool(received))
+            logging = step % args.log_every == 0 or step == total
+            validating = step % validate_every == 0 or step == total
+            saving = validating or stopping or bool(args.checkpoint_every) and step % args.checkpoint_every == 0
+            if logging or saving:
+                sums = mean_over_processes(sums)
+                stop_if_not_finite(sums, recent, train, out / "last.pt")
 
-        if step % validate_every == 0 or step == total:
+            if logging:
+                now, steps = time.perf_counter(), step - logged_step
+                speed = steps * args.batch_size / (now - logged_at)
+                if log:
+                    means = {name: value.item() / steps for name, value in sums.items()}
+                    line = {"step": step, "epoch": step / steps_per_epoch, **means, "lr": lr, "images_per_s": speed,
+                            "waited": waited / (now - logged_at)}  # fmt: skip
+                    log.write(json.dumps(line) + "\n")
+                    bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images=f"{speed:.0f}/s")
+                    if bar.disable and step % (10 * args.log_every) == 0:  # not a terminal: a line now and then
+                        print(f"step {step} of {total}: loss {means['loss']:.3f}, {speed:.0f} images/s", flush=True)
+                sums, waited, logged_at, logged_step = {}, 0.0, now, step
+
             paused = time.perf_counter()
-            scores = evaluate(model, val, device, precision, workers=args.workers).compute()
-            improved, best = scores["oIoU"] > best, max(best, scores["oIoU"])
-            if log:
-                log.write(json.dumps({"step": step, "split": val_split, **scores}) + "\n")
-                bar.write(f"step {step}: {val_split} mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
-                sys.stdout.flush()
-                if improved:
-                    save(out / "best.pt", checkpoint(step))
+            if validating:
+                scores = evaluate(model, val, device, precision, workers=args.workers).compute()
+                improved, best = scores["oIoU"] > best, max(best, scores["oIoU"])
+                if log:
+                    log.write(json.dumps({"step": step, "split": val_split, **scores}) + "\n")
+                    bar.write(f"step {step}: {val_split} mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
+                    sys.stdout.flush()
+                    if improved:
+                        save(out / "best.pt", checkpoint(step))
+            if saving and log:
                 save(out / "last.pt", checkpoint(step))
+            if stopping and step < total:
+                bar.close()
+                if log:
+                    print(f"stopped after step {step} of {total}; go on with: python train.py --resume --out {out}")
+                raise SystemExit(STOPPED)
             logged_at += time.perf_counter() - paused
-        elif args.checkpoint_every and step % args.checkpoint_every == 0 and log:
-            save(out / "last.pt", checkpoint(step))
-        asked_at = time.perf_counter()
+            asked_at = time.perf_counter()
     bar.close()
 
     # the best checkpoint's scores on every split but the training one, and pictures of them
