@@ -846,6 +846,9 @@ def edit(folder: Path, key: str, value) -> None:
         (lambda f: edit(f, "height", 700), "its mask would not fit"),
         (lambda f: edit(f, "segmentation", [[0, 0, 1e300, 3, 3, 3]]), "can't be drawn"),
         (lambda f: edit(f, "segmentation", "x"), "can't be drawn"),
+        (lambda f: edit(f, "segmentation", [[math.nan] * 6]), "coordinates that are not numbers"),
+        (lambda f: edit(f, "segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "can't be drawn"),
+        (lambda f: edit(f, "segmentation", {"size": [60, 80], "counts": [1, 2]}), "can't be drawn"),
         (lambda f: (f / COCO_PLACES[0]).rename(f / "elsewhere"), "no image folder"),
         (lambda f: [p.unlink() for p in (f / COCO_PLACES[0]).iterdir()], "there is no image"),
         (lambda f: [p.write_bytes(p.read_bytes()[:300]) for p in (f / COCO_PLACES[0]).iterdir()], "can't be read as an image"),
@@ -871,7 +874,7 @@ def test_broken_data_is_told_in_one_line(break_it, message, workers, tmp_path, c
         train.main([*command, "--workers", workers, "--out", str(tmp_path / "run")])
     assert message in stopped.value.code and "Traceback" not in stopped.value.code
     assert len(stopped.value.code.splitlines()) == 1
-    assert not (tmp_path / "run" / "best.pt").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_splits_and_image_names(tmp_path):
@@ -1380,7 +1383,8 @@ def test_a_loss_that_is_not_finite_names_its_samples(small, tmp_path):
     ).groups()
     dataset = data.RefDataset("shapes", "train", small)
     objects = [
-        dataset.objects[number] for _, number in list(data.TrainingBatches(len(dataset.objects), 4, 0, 5, 0))[int(step) - 1]
+        dataset.objects[number]
+        for _, number in list(data.TrainingBatches(len(dataset.objects), 4, 0, 5, 0))[int(step) - 1]
     ]
     assert [int(pair.split("/")[0]) for pair in ids.split(", ")] == [item.ref_id for item in objects]
     assert all(int(pair.split("/")[1]) in item.sent_ids for pair, item in zip(ids.split(", "), objects))
@@ -1462,6 +1466,25 @@ def test_one_two_and_four_processes_train_alike(small, tmp_path):
         ("train.py", ["--lr", "-1"], "--lr is -1.0, but must be at least 0"),
         ("train.py", ["--device", "gpu"], "--device gpu can't be used here"),
         ("train.py", ["--batch-size", "0"], "must be at least 1"),
+        ("train.py", ["--batch-size", "500"], "fewer than a batch of 500"),
+        ("train.py", ["--batch-size", "16", "--micro-batch", "3"], "not a multiple of --micro-batch 3"),
+        ("train.py", ["--epochs", "0"], "must be at least 1"),
+        ("train.py", ["--seed", "-1"], "must be at least 0"),
+        ("train.py", ["--ratio", "0"], "must lie in (0, 1]"),
+        ("train.py", ["--ratio", "nan"], "must lie in (0, 1]"),
+        ("train.py", ["--lr", "nan"], "--lr is nan, but must be at least 0"),
+        ("train.py", ["--bert", "nowhere"], "no BERT from nowhere"),
+        ("train.py", ["--swin", "nowhere.pth"], "no Swin weights from nowhere.pth"),
+        ("train.py", ["--init", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        ("train.py", ["--resume", "--out", "nowhere"], "there is no checkpoint nowhere"),
+        ("train.py", ["--resume", "--variant", "linguistic"], "this run has --variant vega, not linguistic"),
+        (
+            "train.py",
+            ["--resume", "--resume-anyway", "--variant", "linguistic"],
+            "the checkpoint does not fit the model",
+        ),
+        ("train.py", ["--dataset", "refcoco"], "instances.json is missing"),
+        ("data.py", ["--check", "refcocog-umd"], "instances.json is missing"),
         ("train.py", ["--variant", "threshold"], "invalid choice: 'threshold'"),
         ("train.py", ["--image-size", "130"], "multiple of 4"),
         ("train.py", ["--resume", "--dice", "0"], "this run has --dice 1.0, not 0.0"),
@@ -1484,10 +1507,51 @@ def test_a_wrong_input_gets_one_clear_message(script, flags, message, trained, s
     monkeypatch.chdir(trained)
     before = sorted(trained.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
-        {"train.py": train, "evaluate.py": evaluate}[script].main([*flags, "--data", str(small)])
+        {"train.py": train, "evaluate.py": evaluate, "data.py": data}[script].main([*flags, "--data", str(small)])
     assert stopped.value.code not in (0, None)
     assert message in str(stopped.value.code) + capsys.readouterr().err
     assert sorted(trained.rglob("*")) == before
+
+
+def photograph(name: str) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (31, 47, 4), dtype=np.uint8)
+    return {
+        "one pixel": lambda: Image.new("RGB", (1, 1), "red"),
+        "one row": lambda: Image.new("RGB", (300, 1), "red"),
+        "grey": lambda: Image.fromarray(noise[..., 0]),
+        "CMYK": lambda: Image.fromarray(noise, "CMYK"),
+        "16 bit": lambda: Image.fromarray(noise[..., 0].astype(np.uint16) * 257),
+        "transparent": lambda: Image.fromarray(noise, "RGBA"),
+        "palette": lambda: Image.fromarray(noise[..., 0]).convert("P"),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["one pixel", "one row", "grey", "CMYK", "16 bit", "transparent", "palette"])
+def test_odd_photographs_are_segmented(name, trained, tmp_path):
+    image = photograph(name)
+    image.save(tmp_path / "photo.tiff")
+    (best,) = (trained / "runs").glob("*/best.pt")
+    segment = evaluate.load(best)
+    mask = segment(tmp_path / "photo.tiff", "red thing")
+    assert mask.shape == image.size[::-1] and mask.dtype == bool
+    grey = Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16))
+    assert abs(np.asarray(data.to_rgb(grey)).astype(int) - 40000 / 257).max() <= 1  # scaled, not clipped at 255
+
+
+@pytest.mark.parametrize("expression", ["thing " * 10_000, "\N{GRINNING FACE}", "左边的人", "x" * 5000, "a\0b\n\tc"])
+def test_odd_expressions_are_segmented(expression, trained):
+    (best,) = (trained / "runs").glob("*/best.pt")
+    mask = evaluate.load(best)(Image.new("RGB", (20, 10)), expression)
+    assert mask.shape == (10, 20)
+
+
+def test_a_decompression_bomb_is_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    header = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
+    header += (60_000).to_bytes(4, "little") * 2 + (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24)
+    (tmp_path / "bomb.bmp").write_bytes(header)
+    with pytest.raises(SystemExit, match="can't be read as an image .*decompression bomb"):
+        evaluate.main(["--image", str(tmp_path / "bomb.bmp"), "--expression", "red thing"])
 
 
 def test_a_failing_compiler_is_told_and_left(trained, small, monkeypatch, capsys):

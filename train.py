@@ -178,6 +178,7 @@ def make_optimizer(model: VEGA, lr: float, weight_decay: float) -> torch.optim.A
 
 def save(path: Path, checkpoint: dict) -> None:
     """Write beside, flush to the disk, then rename: a kill or a full disk leaves the previous file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -313,18 +314,19 @@ def main(argv: list[str] | None = None) -> dict:
         train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
         batch_sampler=TrainingBatches(len(train), args.batch_size, done, total, args.seed, rank(), world()),
     )  # fmt: skip
-    log = None
     if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if resumed is None:
-            for file in RUN_FILES:  # of the run that --overwrite replaces
-                (out / file).unlink(missing_ok=True)
-        else:
+        for file in RUN_FILES if resumed is None else ():
+            (out / file).unlink(missing_ok=True)  # of the run that --overwrite replaces
+        if resumed is not None:
             cut_log(out / "log.jsonl", done)
-        log = open(out / "log.jsonl", "a", buffering=1)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.model} VEGA, {size:.1f} M parameters, on {args.dataset}: {len(train)} objects, {total} steps of "
               f"{args.batch_size} on {world()} x {device.type}, {precision}; run: {out}", flush=True)  # fmt: skip
+
+    def write_log(line: dict) -> None:
+        out.mkdir(parents=True, exist_ok=True)  # not before: a run that never began leaves nothing
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
 
     def checkpoint(step: int) -> dict:
         return {
@@ -374,11 +376,11 @@ def main(argv: list[str] | None = None) -> dict:
             if logging:
                 now, steps = time.perf_counter(), step - logged_step
                 speed = steps * args.batch_size / (now - logged_at)
-                if log:
+                if rank() == 0:
                     means = {name: value.item() / steps for name, value in sums.items()}
                     line = {"step": step, "epoch": step / steps_per_epoch, **means, "lr": lr, "images_per_s": speed,
                             "waited": waited / (now - logged_at)}  # fmt: skip
-                    log.write(json.dumps(line) + "\n")
+                    write_log(line)
                     bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images=f"{speed:.0f}/s")
                     if bar.disable and step % (10 * args.log_every) == 0:  # not a terminal: a line now and then
                         print(f"step {step} of {total}: loss {means['loss']:.3f}, {speed:.0f} images/s", flush=True)
@@ -388,17 +390,17 @@ def main(argv: list[str] | None = None) -> dict:
             if validating:
                 scores = evaluate(model, val, device, precision, workers=args.workers).compute()
                 improved, best = scores["oIoU"] > best, max(best, scores["oIoU"])
-                if log:
-                    log.write(json.dumps({"step": step, "split": val_split, **scores}) + "\n")
+                if rank() == 0:
+                    write_log({"step": step, "split": val_split, **scores})
                     bar.write(f"step {step}: {val_split} mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
                     sys.stdout.flush()
                     if improved:
                         save(out / "best.pt", checkpoint(step))
-            if saving and log:
+            if saving and rank() == 0:
                 save(out / "last.pt", checkpoint(step))
             if stopping and step < total:
                 bar.close()
-                if log:
+                if rank() == 0:
                     print(f"stopped after step {step} of {total}; go on with: python train.py --resume --out {out}")
                 raise SystemExit(STOPPED)
             logged_at += time.perf_counter() - paused
@@ -406,8 +408,6 @@ def main(argv: list[str] | None = None) -> dict:
     bar.close()
 
     # the best checkpoint's scores on every split but the training one, and pictures of them
-    if log:
-        log.close()
     if world() > 1:
         dist.barrier()  # until rank 0 has written it
     scores = evaluate_main([
