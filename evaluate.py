@@ -552,7 +552,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--batch-size", type=int, help=f"images per forward pass (default: {BATCH_SIZE}; of --benchmark 1)")
     flag("--resolution", choices=("input", "original"), default="input",
          help="compare masks at the model's input size (the paper's protocol) or at the image's own")
-    flag("--json", metavar="FILE", help="also write the scores there: split -> scores in per cent")
+    flag("--json", metavar="FILE", help="also write the scores there: split -> scores in per cent; or what --benchmark measured")
     flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU")
     flag("--pictures", type=int, default=0, metavar="N",
          help="write N samples of each split beside the checkpoint, and what each word selects in one")
@@ -593,8 +593,11 @@ def main(argv: list[str] | None = None) -> dict | None:
         device = pick_device(args.device)
         precision = resolve_precision(args.precision, device)
         result = benchmark(args.model, args.image_size, args.batch_size or 1, device, precision)
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=2))
+        name = f"runs/benchmark-{args.model}-{result['image_size']}-{result['batch_size']}-{precision}.json"
+        path = Path(args.json or name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=2))
+        print(f"written to {path}")
         return result
     checkpoint_file = Path(args.checkpoint) if args.checkpoint else newest_run("best.pt")
     if args.image is not None:

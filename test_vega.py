@@ -1348,19 +1348,25 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_the_step_and_resume_goes_on(number, small, tmp_path):
-    command = ["--data", small, *RUN, "--max-steps", 8, "--log-every", 3]
-    process = start(*command, "--out", tmp_path / "cut")
+@pytest.mark.parametrize(
+    "number, nproc", [(signal.SIGTERM, 1), (signal.SIGINT, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)]
+)
+def test_a_signal_stops_after_the_step_and_resume_goes_on(number, nproc, small, tmp_path):
+    command = ["--data", small, *RUN, "--max-steps", 8 if nproc == 1 else 40, "--log-every", 3]
+    process = start(*command, "--out", tmp_path / "cut", nproc=nproc)
     wait_until(lambda: (tmp_path / "cut" / "log.jsonl").exists() and log_of(tmp_path / "cut"), process)
-    os.kill(process.pid, number)
+    os.kill(process.pid, number)  # torchrun hands it on to its processes
     printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 75 and "Traceback" not in printed
-    step = int(re.search(r"stopped after step (\d+) of 8; go on with: python train.py --resume --out", printed)[1])
-    assert evaluate.read_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step < 8
-    train.main(["--resume", "--out", str(tmp_path / "cut"), "--data", str(small)])
-    train.main([*map(str, command), "--out", str(tmp_path / "whole")])
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert process.returncode == (75 if nproc == 1 else 1) and 'train.py", line' not in printed, printed
+    step = int(re.search(r"stopped after step (\d+) of \d+; go on with: python train.py --resume --out", printed)[1])
+    assert evaluate.read_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step
+    for flags in (["--resume", "--out", tmp_path / "cut", "--data", small], [*command, "--out", tmp_path / "whole"]):
+        assert run(HERE / "train.py", *flags, nproc=nproc).returncode == 0
+    assert nproc > 1 or step < 8
+    whole, cut = (evaluate.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
+    if nproc == 1:
+        assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(small, tmp_path):
