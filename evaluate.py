@@ -552,7 +552,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--batch-size", type=int, help=f"images per forward pass (default: {BATCH_SIZE}; of --benchmark 1)")
     flag("--resolution", choices=("input", "original"), default="input",
          help="compare masks at the model's input size (the paper's protocol) or at the image's own")
-    flag("--json", metavar="FILE", help="also write the scores there: split -> scores in per cent; or what --benchmark measured")
+    flag("--json", metavar="FILE",
+         help="also write the scores there, split -> scores in per cent; or where --benchmark writes")
     flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU")
     flag("--pictures", type=int, default=0, metavar="N",
          help="write N samples of each split beside the checkpoint, and what each word selects in one")
