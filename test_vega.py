@@ -1216,7 +1216,8 @@ def test_ones_own_picture(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_checkpoint_carries_its_variant(name, small, tmp_path, capsys):
     out = tmp_path / "run"
-    command = ["--variant", name, "--data", str(small), "--max-steps", "2", "--batch-size", "4", "--log-every", "1"]
+    command = ["--variant", name, "--data", str(small), "--max-steps", "2", "--batch-size", "4", "--log-every", "1",
+               "--image-size", "64"]  # fmt: skip
     scores = train.main([*command, "--out", str(out)])
     again = evaluate.main(["--checkpoint", str(out / "best.pt"), "--data", str(small)])
     assert again["val"] == scores["val"]
@@ -1349,7 +1350,12 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "number, nproc", [(signal.SIGTERM, 1), (signal.SIGINT, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)]
+    "number, nproc",
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_stops_after_the_step_and_resume_goes_on(number, nproc, small, tmp_path):
     command = ["--data", small, *RUN, "--max-steps", 8 if nproc == 1 else 40, "--log-every", 3]
@@ -1479,7 +1485,7 @@ def test_one_two_and_four_processes_train_alike(small, tmp_path):
         ("train.py", ["--ratio", "0"], "must lie in (0, 1]"),
         ("train.py", ["--ratio", "nan"], "must lie in (0, 1]"),
         ("train.py", ["--lr", "nan"], "--lr is nan, but must be at least 0"),
-        ("train.py", ["--bert", "nowhere"], "no BERT from nowhere"),
+        ("train.py", ["--bert", "runs"], "no BERT from runs"),  # a folder: a name would ask the network
         ("train.py", ["--swin", "nowhere.pth"], "no Swin weights from nowhere.pth"),
         ("train.py", ["--init", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
         ("train.py", ["--resume", "--out", "nowhere"], "there is no checkpoint nowhere"),
