@@ -38,7 +38,7 @@ RECIPES = {
     "tiny": dict(epochs=3, batch_size=16, lr=7e-4, weight_decay=0.01, validate_every=None, log_every=10, workers=0),
     "base": dict(epochs=40, batch_size=16, lr=3e-5, weight_decay=0.01, validate_every=None, log_every=50, workers=4),
 }
-STOPPED = os.EX_TEMPFAIL  # exit status (75) of a run that a signal stopped and --resume goes on with
+STOPPED = 75  # exit status of a run that a signal stopped and --resume goes on with; sysexits.h: try again
 RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "metrics.json")
 MODEL_FLAGS = ("variant", "image_size", "ratio", "drop_path", "dropout", "dice", "coordinates")  # fields of VEGAConfig
 
