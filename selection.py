@@ -7,7 +7,7 @@ Each token selects the K pixels that are most similar to it and gathers them int
 token. Two things look odd at first and are the paper's:
 
 * S_norm already sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4), so
-  that E is a small vector. It is the query of the cross-attention, which adds the pixels to it at full size.
+  that E is a small vector. It is the query of the cross-attention, whose values are pixels at full size.
 * cosine similarities lie in [-1, 1] and the softmax has no temperature, so no selected pixel can weigh more
   than e^2 = 7.4 times another.
 """
@@ -149,8 +149,8 @@ class VISBlock(nn.Module):
 
     def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
         """M and S_norm [B, T, N], F_v [B, N, D] -> the intermediate visual tokens E [B, T, D] (Eq. 4)."""
-        # ours: the pseudocode expands all three to [B, T, N, D] and sums their product over N. That is this matrix
-        # product. (S_norm is zero outside M already; M stands here because Eq. 4 has it.)
+        # ours: the pseudocode multiplies all three as [B, T, N, D] and sums over N. That is this matrix product.
+        # (VEGA's S_norm is zero outside M already; M stands here because Eq. 4 has it.)
         return (M * S_norm) @ F_v / self.K(F_v.shape[1])
 
     def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
@@ -175,8 +175,9 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
     return F.binary_cross_entropy_with_logits(logits, target.float())
 
 
-# The ablations: each overrides the step that its row of the paper changes, or `forward` where other tokens select or
-# enter G. oIoU is the paper's, on RefCOCO val, where VEGA has 75.35. Table 6 is VISBlock's `ratio`.
+# The ablations: a class overrides the step that its row of the paper changes, or `forward` where other tokens select or
+# enter G; VARIANTS names every row, also those that only model.py tells apart. Leaving out Eq. 5 where [CLS] has no
+# similarities is ours. oIoU is the paper's, on RefCOCO val, where VEGA has 75.35. Table 6 is VISBlock's `ratio`.
 
 
 class LinguisticGuidance(VISBlock):
@@ -218,8 +219,8 @@ class TopKPixels(VISBlock):
 class NoCues(VISBlock):
     """Table 3b, row 1 (oIoU 73.84): neither cue selects; learned queries gather from all pixels. No S, no Eq. 5.
 
-    The paper says only that both cues are gone; its figure is not the one of G without visual tokens (73.91). Ours:
-    as many queries as the longest expression has tokens, 21.
+    The paper says only that both cues are gone; its figure is not the one of G without visual tokens (73.91). Ours are
+    the queries, as many as the longest expression has tokens, 21.
     """
 
     unused = ("proj_v", "proj_l")
@@ -278,7 +279,7 @@ class SigmoidThreshold(VISBlock):
 
 
 class NoSimilarityWeights(VISBlock):
-    """Table 4c, row 1 (oIoU 75.05): E is the plain mean of the selected pixels, K times as large as VEGA's.
+    """Table 4c, row 1 (oIoU 75.05): E is the plain mean of the selected pixels: weights that sum to K times VEGA's.
 
     Eq. 5 alone teaches the projections.
     """
@@ -288,14 +289,14 @@ class NoSimilarityWeights(VISBlock):
 
 
 class NoNormalisation(VISBlock):
-    """Table 4d, row 1 (oIoU 74.97): the similarities of the selected pixels weigh as they are, also negative ones."""
+    """Table 4d, row 1 (oIoU 74.97): the similarities weigh as they are, also negative ones. Ours: M still selects."""
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
         return S
 
 
 class UnmaskedSoftmax(VISBlock):
-    """Table 4d, row 2 (oIoU 75.14): the softmax runs over all pixels, then M leaves the selected ones."""
+    """Table 4d, row 2 (oIoU 75.14): the softmax runs over all pixels. Ours: M still selects, after it."""
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
         return torch.softmax(S, dim=-1)
@@ -333,7 +334,7 @@ VARIANTS = {
     "sigmoid-threshold": Variant("4a", "sigmoid (> 0.5)", 74.81, SigmoidThreshold),
     "no-contrastive": Variant("4b", "no contrastive loss", 74.92, contrastive=False),
     "no-similarity-weights": Variant("4c", "similarity scores not multiplied", 75.05, NoSimilarityWeights),
-    "no-normalisation": Variant("4d", "no normalization", 74.97, NoNormalisation),
+    "no-normalisation": Variant("4d", "no normalization, no top-k mask in it", 74.97, NoNormalisation),
     "unmasked-softmax": Variant("4d", "normalization without top-k mask", 75.14, UnmaskedSoftmax),
     "no-cross-attention": Variant("4e", "no top-k cross-attention", 74.23, NoCrossAttention),
 }
