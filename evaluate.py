@@ -593,7 +593,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     if args.benchmark:
         device = pick_device(args.device)
         precision = resolve_precision(args.precision, device)
-        result = benchmark(args.model, args.image_size, args.batch_size or 1, device, precision)
+        try:
+            result = benchmark(args.model, args.image_size, args.batch_size or 1, device, precision)
+        except ValueError as error:  # of VEGAConfig
+            raise InputError(str(error)) from None
         name = f"runs/benchmark-{args.model}-{result['image_size']}-{result['batch_size']}-{precision}.json"
         path = Path(args.json or name)
         path.parent.mkdir(exist_ok=True)

@@ -208,7 +208,7 @@ class TopKPixels(VISBlock):
     unused = ("cross_attention", "self_attention")
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        G, _, S, M = super().forward(F_v, Q_l[:, :1], mask_l[:, :1])  # G [B, 1 + K, D], S and M [B, 1, N]
+        G, _, S, M = super().forward(F_v, Q_l[:, :1], mask_l[:, :1])  # of [CLS] alone: G [B, 1 + K, D], S, M [B, 1, N]
         G = torch.cat([Q_l, G[:, 1:]], dim=1)  # [B, T + K, D]
         return Selection(G, F.pad(mask_l, (0, G.shape[1] - mask_l.shape[1]), value=1), S, M)
 
@@ -246,19 +246,14 @@ class LocalOnly(VISBlock):
         return Selection(G, F.pad(mask_G, (1, 0), value=1), F.pad(S, (0, 0, 1, 0)), F.pad(M, (0, 0, 1, 0)))
 
 
-class GlobalOnly(VISBlock):
-    """Table 3b, row 3 (oIoU 74.93): [CLS] selects, the words do not; S and M have its row alone.
+class GlobalOnly(TopKPixels):
+    """Table 3b, row 3 (oIoU 74.93): [CLS] selects, the words do not; S and M have its row alone, G is [B, T + 1, D].
 
     (The table as printed ticks both cues in this row; Sec. 4.3.3 tells which figure is which.) Ours: no
     self-attention, since the one visual token has no other to look at.
     """
 
     unused = ("self_attention",)
-
-    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        G, _, S, M = super().forward(F_v, Q_l[:, :1], mask_l[:, :1])
-        G = torch.cat([Q_l, G[:, 1:]], dim=1)  # [B, T + 1, D]
-        return Selection(G, F.pad(mask_l, (0, 1), value=1), S, M)
 
     def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
         return self.cross_attention(E, F_v, M_hat)

@@ -779,6 +779,9 @@ def write_refer(folder: Path, name: str, images: str, protocol: int, size=(80, 6
 COCO_PLACES = ("images/train2014", "images/mscoco/images/train2014")
 
 
+MINIATURE = ("--model", "tiny", "--image-size", "32", "--batch-size", "2")
+
+
 @pytest.mark.parametrize(
     "name, images, protocol", [("refcoco", 0, 0), ("refcoco+", 1, 2), ("refcocog-umd", 0, 2), ("refcocog-google", 1, 0)]
 )
@@ -788,12 +791,7 @@ def test_a_miniature_refcoco_trains_evaluates_and_is_checked(name, images, proto
     scores = train.main(
         [
             *common,
-            "--model",
-            "tiny",
-            "--image-size",
-            "32",
-            "--batch-size",
-            "2",
+            *MINIATURE,
             "--max-steps",
             "2",
             "--out",
@@ -858,18 +856,7 @@ def edit(folder: Path, key: str, value) -> None:
 def test_broken_data_is_told_in_one_line(break_it, message, workers, tmp_path, capfd):
     folder = write_refer(tmp_path / "data", "refcoco", COCO_PLACES[0], 2)
     break_it(folder)
-    command = [
-        "--dataset",
-        "refcoco",
-        "--data",
-        str(folder),
-        "--model",
-        "tiny",
-        "--image-size",
-        "32",
-        "--batch-size",
-        "2",
-    ]
+    command = ["--dataset", "refcoco", "--data", str(folder), *MINIATURE]
     with pytest.raises(SystemExit) as stopped:
         train.main([*command, "--workers", workers, "--out", str(tmp_path / "run")])
     assert message in stopped.value.code and "Traceback" not in stopped.value.code
@@ -1513,6 +1500,7 @@ def test_one_two_and_four_processes_train_alike(small, tmp_path):
         ("evaluate.py", ["--image", "absent.jpg"], "--image and --expression go together"),
         ("evaluate.py", ["--image", "", "--expression", "red"], "image"),
         ("evaluate.py", ["--image-size", "64"], "does not fit the model"),
+        ("evaluate.py", ["--benchmark", "--image-size", "62"], "must be a multiple of 4"),
     ],
 )
 def test_a_wrong_input_gets_one_clear_message(script, flags, message, trained, small, monkeypatch, capsys):
