@@ -90,7 +90,14 @@ class PlainUnpickler(pickle.Unpickler):
 def read_refs(path: Path) -> list[dict]:
     """The refs of a file written by Python 2 (byte strings in UTF-8, a few in Latin-1) or Python 3."""
 
+    content = path.read_bytes()
+    left = len(content)  # a file that repeats its lists by reference could hold more values than memory does
+
     def text(value):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("more values than bytes")
         if isinstance(value, bytes):
             try:
                 return value.decode("utf-8")
@@ -101,7 +108,7 @@ def read_refs(path: Path) -> list[dict]:
         return {text(k): text(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     try:
-        refs = text(PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load())
+        refs = text(PlainUnpickler(io.BytesIO(content), encoding="bytes").load())
     except InputError as error:
         raise InputError(f"{path} was refused: {error}") from None
     except Exception as error:  # a pickle can be wrong in a dozen ways

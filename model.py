@@ -334,8 +334,12 @@ def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
 
 
 def check_fit(source: str, ours: dict, theirs: dict) -> None:
-    """Raise ValueError unless both state dicts have the same names and shapes."""
+    """Raise ValueError unless both state dicts have the same names and shapes, and theirs is finite."""
     for name in [*ours, *theirs]:
-        a, b = (list(state[name].shape) if name in state else "missing" for state in (ours, theirs))
+        a, b = (
+            list(state[name].shape) if isinstance(state.get(name), Tensor) else "missing" for state in (ours, theirs)
+        )
         if a != b:
             raise ValueError(f"{source} does not fit the model: {name} is {b} there and {a} here")
+        if not theirs[name].isfinite().all():
+            raise ValueError(f"{source} is broken: {name} has values that are not finite")

@@ -703,6 +703,12 @@ def test_a_hostile_refs_pickle_is_refused_and_nothing_runs(tmp_path):
     with pytest.raises(data.InputError, match="antigravity"):
         data.read_refs(tmp_path / "refs.p")
     assert not (tmp_path / "ran").exists() and "antigravity" not in sys.modules
+    bomb = []
+    for _ in range(60):  # a kilobyte that would unfold to 10 ** 60 lists
+        bomb = [bomb] * 10
+    (tmp_path / "refs.p").write_bytes(pickle.dumps([{"split": bomb}], 2))
+    with pytest.raises(data.InputError, match="is not a refs pickle"):
+        data.read_refs(tmp_path / "refs.p")
 
 
 def python_2_pickle(value, protocol: int) -> bytes:
@@ -981,11 +987,13 @@ def test_swin_weights_load_from_every_format_or_not_at_all(tmp_path):
     torch.save(timm.create_model("swin_tiny_patch4_window7_224").state_dict(), tmp_path / "tiny.pth")
     torch.save({k: v for k, v in weights.items() if k != "layers.2.blocks.7.mlp.fc1.weight"}, tmp_path / "missing.pth")
     torch.save({"model": Hostile(tmp_path / "ran")}, tmp_path / "hostile.pth")
+    name = "layers.2.blocks.7.mlp.fc1.bias"
+    torch.save({**weights, name: weights[name] / 0}, tmp_path / "nan.pth")
     before = {name: value.clone() for name, value in swin.state_dict().items()}
     for file, message in (
         ("cut.safetensors", "no Swin weights from"), ("cut.pth", "no Swin weights from"), ("tiny.pth", "another Swin"),
         ("missing.pth", "layers.2.blocks.7.mlp.fc1.weight is missing"), ("absent.pth", "no Swin weights from"),
-        ("hostile.pth", "no Swin weights from"),
+        ("hostile.pth", "no Swin weights from"), ("nan.pth", "7.mlp.fc1.bias has values that are not finite"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             model_module.load_swin(swin, str(tmp_path / file), 12)
@@ -1041,6 +1049,19 @@ def test_a_hostile_checkpoint_is_refused_and_nothing_runs(tmp_path):
     with pytest.raises(SystemExit, match="can't be read as a checkpoint"):
         evaluate.main(["--checkpoint", str(tmp_path / "best.pt")])
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_broken_checkpoint_is_refused(trained, tmp_path):
+    (best,) = (trained / "runs").glob("*/best.pt")
+    for value, message in (
+        (torch.full((1, 64), math.nan), "head.weight has values that are not finite"),
+        ([0.0], "head.weight is missing"),
+    ):
+        checkpoint = evaluate.read_checkpoint(best)
+        checkpoint["model"]["decoder.head.weight"] = value
+        torch.save(checkpoint, tmp_path / "best.pt")
+        with pytest.raises(data.InputError, match=message):
+            evaluate.load(tmp_path / "best.pt")
 
 
 @pytest.mark.slow

@@ -91,6 +91,172 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@command_line
+def main(argv: list[str] | None = None) -> dict:
+    """Train, validate and save; returns the best checkpoint's scores, split -> scores in per cent."""
+    args = parse(argv)
+    device = start_processes(args.device)
+    args, out, resumed = open_run(args)
+    args.precision = precision = resolve_precision(args.precision, device)
+
+    # data and model
+    train_split, val_split, *test_splits = DATASETS[args.dataset].splits
+    with rank_0_first():
+        train, val = (RefDataset(args.dataset, split, args.data) for split in (train_split, val_split))
+        if resumed is None:
+            model, tokenizer = build(args, train.expressions)
+        else:
+            model, tokenizer = restore(
+                resumed, torch.device("cpu"), **{name: getattr(args, name) for name in MODEL_FLAGS}
+            )
+    model.to(device)
+    model.vision.swin.set_grad_checkpointing(bool(args.gradient_checkpointing))
+    config = model.config
+    for dataset in (train, val):
+        dataset.use(tokenizer, config.max_tokens, config.image_size, training=dataset is train, seed=args.seed)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    if len(train) < args.batch_size:
+        raise InputError(
+            f"{args.dataset} {train_split} has {len(train)} objects, fewer than a batch of {args.batch_size}"
+        )
+    steps_per_epoch = len(train) // args.batch_size
+    total = args.max_steps or args.epochs * steps_per_epoch
+    validate_every = args.validate_every or steps_per_epoch
+    done, best, sums, logged_step = 0, -1.0, {}, 0  # sums of the losses since the last line of the log
+    if resumed is not None:
+        optimizer.load_state_dict(resumed["optimizer"])
+        done, best, logged_step = resumed["step"], resumed["best"], resumed["logged_step"]
+        sums = {name: value.to(device) for name, value in resumed["sums"].items()}
+    parallel = DistributedDataParallel(model) if world() > 1 else model
+    forward = compiled(parallel) if args.compile else parallel
+    loader = DataLoader(
+        train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
+        batch_sampler=TrainingBatches(len(train), args.batch_size, done, total, args.seed, rank(), world()),
+    )  # fmt: skip
+    if rank() == 0:
+        for file in RUN_FILES if resumed is None else ():
+            (out / file).unlink(missing_ok=True)  # of the run that --overwrite replaces
+        if resumed is not None:
+            cut_log(out / "log.jsonl", done)
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{args.model} VEGA, {size:.1f} M parameters, on {args.dataset}: {len(train)} objects, {total} steps of "
+              f"{args.batch_size} on {world()} x {device.type}, {precision}; run: {out}", flush=True)  # fmt: skip
+
+    def checkpoint(step: int) -> dict:
+        return {
+            "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": precision,
+            "config": dataclasses.asdict(config), "args": vars(args),
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums, "logged_step": logged_step,
+            "tokenizer": {"vocab": tokenizer.get_vocab(), "do_lower_case": tokenizer.do_lower_case},
+        }  # fmt: skip
+
+    # training
+    bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
+    recent, waited, logged_at = [], 0.0, time.perf_counter()
+    asked_at = time.perf_counter()
+    with noted_signals() as received:
+        for step, batch in enumerate(start_loader(loader), done + 1):
+            waited += time.perf_counter() - asked_at
+            model.train()
+            lr = args.lr * (1 - (step - 1) / total) ** 0.9  # polynomial decay
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed((args.seed << 40) + (step << 12) + rank())  # dropout depends on nothing before this step
+            optimizer.zero_grad()
+            micros = [
+                dict(zip(batch, values)) for values in zip(*(value.split(args.micro_batch) for value in batch.values()))
+            ]
+            for i, micro in enumerate(micros):
+                last = i == len(micros) - 1
+                with contextlib.nullcontext() if last or world() == 1 else parallel.no_sync():  # gradients meet once
+                    with autocast(device, precision):
+                        output = forward(*model_inputs(micro, device))
+                    losses = model.loss(output, micro["mask"].to(device, non_blocking=True))
+                    (losses["loss"] / len(micros)).backward()
+                recent.append((step, micro["index"], losses["loss"].detach()))
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach() / len(micros)
+            optimizer.step()
+            bar.update()
+
+            stopping = in_any_process(bool(received))
+            logging = step % args.log_every == 0 or step == total
+            validating = step % validate_every == 0 or step == total
+            saving = validating or stopping or bool(args.checkpoint_every) and step % args.checkpoint_every == 0
+            if logging or saving:
+                sums = mean_over_processes(sums)
+                stop_if_not_finite(sums, recent, train, out / "last.pt")
+
+            if logging:
+                now, steps = time.perf_counter(), step - logged_step
+                speed = steps * args.batch_size / (now - logged_at)
+                if rank() == 0:
+                    means = {name: value.item() / steps for name, value in sums.items()}
+                    line = {"step": step, "epoch": step / steps_per_epoch, **means, "lr": lr, "images_per_s": speed,
+                            "waited": waited / (now - logged_at)}  # fmt: skip
+                    write_log(out, line)
+                    bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images=f"{speed:.0f}/s")
+                    if bar.disable and step % (10 * args.log_every) == 0:  # not a terminal: a line now and then
+                        print(f"step {step} of {total}: loss {means['loss']:.3f}, {speed:.0f} images/s", flush=True)
+                sums, waited, logged_at, logged_step = {}, 0.0, now, step
+
+            paused = time.perf_counter()
+            if validating:
+                scores = evaluate(model, val, device, precision, workers=args.workers).compute()
+                improved, best = scores["oIoU"] > best, max(best, scores["oIoU"])
+                if rank() == 0:
+                    write_log(out, {"step": step, "split": val_split, **scores})
+                    bar.write(f"step {step}: {val_split} mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
+                    sys.stdout.flush()
+                    if improved:
+                        save(out / "best.pt", checkpoint(step))
+            if saving and rank() == 0:
+                save(out / "last.pt", checkpoint(step))
+            if stopping and step < total:
+                bar.close()
+                if rank() == 0:
+                    print(f"stopped after step {step} of {total}; go on with: python train.py --resume --out {out}")
+                raise SystemExit(STOPPED)
+            logged_at += time.perf_counter() - paused
+            asked_at = time.perf_counter()
+    bar.close()
+
+    # the best checkpoint's scores on every split but the training one, and pictures of them
+    if world() > 1:
+        dist.barrier()  # until rank 0 has written it
+    scores = evaluate_main([
+        "--checkpoint", str(out / "best.pt"), "--split", val_split, *test_splits, "--json", str(out / "metrics.json"),
+        "--pictures", "8", "--data", args.data, "--device", str(device), "--precision", precision,
+        "--workers", str(args.workers),
+    ])  # fmt: skip
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return scores
+
+
+# What main calls, in its order: the settings
+
+
+def open_run(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, dict | None]:
+    """All settings, the folder, and the checkpoint to go on from, None if the run is new."""
+    resumed = None
+    if args.resume:
+        out = Path(args.out) if args.out else newest_run("last.pt").parent
+        resumed = read_checkpoint(out / "last.pt")
+        args = take_settings(args, resumed["args"])
+    else:
+        args = settle(args)
+        out = Path(args.out or f"runs/{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if any((out / file).exists() for file in RUN_FILES) and not args.overwrite:
+            raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or --overwrite it")
+    split_batch(args)
+    if world() > 1:
+        name = [out]
+        dist.broadcast_object_list(name)  # the clock of rank 0 names the run
+        (out,) = name
+    return args, out, resumed
+
+
 def settle(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what the command line left open, from the recipe of the model's preset."""
     args.dataset = args.dataset or "shapes"
@@ -128,6 +294,9 @@ def split_batch(args: argparse.Namespace) -> None:
         raise InputError(
             f"each process's share of {share} images is not a multiple of --micro-batch {args.micro_batch}"
         )
+
+
+# The model and its optimiser
 
 
 @contextlib.contextmanager
@@ -176,6 +345,24 @@ def make_optimizer(model: VEGA, lr: float, weight_decay: float) -> torch.optim.A
     )
 
 
+# The log and the checkpoints
+
+
+def write_log(out: Path, line: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)  # not before: a run that never began leaves nothing
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Leave out the lines past a step, which a resumed run writes again, and a last line that was cut short."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+
+
 def save(path: Path, checkpoint: dict) -> None:
     """Write beside, flush to the disk, then rename: a kill or a full disk leaves the previous file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,13 +381,7 @@ def save(path: Path, checkpoint: dict) -> None:
         ) from None
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Leave out the lines past a step, which a resumed run writes again, and a last line that was cut short."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+# Several processes, signals, losses that are not finite
 
 
 @contextlib.contextmanager
@@ -255,169 +436,6 @@ def stop_if_not_finite(sums: dict, recent: list, train: RefDataset, last: Path) 
     if rank():
         raise SystemExit(1)
     raise InputError(f"the loss is not finite at step {first}; its ref_id/sent_id are {named}; {kept}")
-
-
-@command_line
-def main(argv: list[str] | None = None) -> dict:
-    args = parse(argv)
-    device = start_processes(args.device)
-
-    # the run: a new folder, or the newest one to go on with
-    resumed = None
-    if args.resume:
-        out = Path(args.out) if args.out else newest_run("last.pt").parent
-        resumed = read_checkpoint(out / "last.pt")
-        args = take_settings(args, resumed["args"])
-    else:
-        args = settle(args)
-        out = Path(args.out or f"runs/{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if any((out / file).exists() for file in RUN_FILES) and not args.overwrite:
-            raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or --overwrite it")
-    split_batch(args)
-    if world() > 1:
-        name = [out]
-        dist.broadcast_object_list(name)  # the clock of rank 0 names the run
-        (out,) = name
-    args.precision = precision = resolve_precision(args.precision, device)
-
-    # data and model
-    train_split, val_split, *test_splits = DATASETS[args.dataset].splits
-    with rank_0_first():
-        train, val = (RefDataset(args.dataset, split, args.data) for split in (train_split, val_split))
-        if resumed is None:
-            model, tokenizer = build(args, train.expressions)
-        else:
-            model, tokenizer = restore(
-                resumed, torch.device("cpu"), **{name: getattr(args, name) for name in MODEL_FLAGS}
-            )
-    model.to(device)
-    model.vision.swin.set_grad_checkpointing(bool(args.gradient_checkpointing))
-    config = model.config
-    for dataset in (train, val):
-        dataset.use(tokenizer, config.max_tokens, config.image_size, training=dataset is train, seed=args.seed)
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    if len(train) < args.batch_size:
-        raise InputError(
-            f"{args.dataset} {train_split} has {len(train)} objects, fewer than a batch of {args.batch_size}"
-        )
-    steps_per_epoch = len(train) // args.batch_size
-    total = args.max_steps or args.epochs * steps_per_epoch
-    validate_every = args.validate_every or steps_per_epoch
-    done, best, sums, logged_step = 0, -1.0, {}, 0  # sums of the losses since the last line of the log
-    if resumed is not None:
-        optimizer.load_state_dict(resumed["optimizer"])
-        done, best, logged_step = resumed["step"], resumed["best"], resumed["logged_step"]
-        sums = {name: value.to(device) for name, value in resumed["sums"].items()}
-    parallel = DistributedDataParallel(model) if world() > 1 else model
-    forward = compiled(parallel) if args.compile else parallel
-    loader = DataLoader(
-        train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
-        batch_sampler=TrainingBatches(len(train), args.batch_size, done, total, args.seed, rank(), world()),
-    )  # fmt: skip
-    if rank() == 0:
-        for file in RUN_FILES if resumed is None else ():
-            (out / file).unlink(missing_ok=True)  # of the run that --overwrite replaces
-        if resumed is not None:
-            cut_log(out / "log.jsonl", done)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{args.model} VEGA, {size:.1f} M parameters, on {args.dataset}: {len(train)} objects, {total} steps of "
-              f"{args.batch_size} on {world()} x {device.type}, {precision}; run: {out}", flush=True)  # fmt: skip
-
-    def write_log(line: dict) -> None:
-        out.mkdir(parents=True, exist_ok=True)  # not before: a run that never began leaves nothing
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
-
-    def checkpoint(step: int) -> dict:
-        return {
-            "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": precision,
-            "config": dataclasses.asdict(config), "args": vars(args),
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums, "logged_step": logged_step,
-            "tokenizer": {"vocab": tokenizer.get_vocab(), "do_lower_case": tokenizer.do_lower_case},
-        }  # fmt: skip
-
-    # training
-    bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
-    recent, waited, logged_at = [], 0.0, time.perf_counter()
-    asked_at = time.perf_counter()
-    with noted_signals() as received:
-        for step, batch in enumerate(start_loader(loader), done + 1):
-            waited += time.perf_counter() - asked_at
-            model.train()
-            lr = args.lr * (1 - (step - 1) / total) ** 0.9  # polynomial decay
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            torch.manual_seed((args.seed << 40) + (step << 12) + rank())  # dropout depends on nothing before this step
-            optimizer.zero_grad()
-            micros = [
-                dict(zip(batch, values)) for values in zip(*(value.split(args.micro_batch) for value in batch.values()))
-            ]
-            for i, micro in enumerate(micros):
-                last = i == len(micros) - 1
-                with contextlib.nullcontext() if last or world() == 1 else parallel.no_sync():  # gradients meet once
-                    with autocast(device, precision):
-                        output = forward(*model_inputs(micro, device))
-                    losses = model.loss(output, micro["mask"].to(device, non_blocking=True))
-                    (losses["loss"] / len(micros)).backward()
-                recent.append((step, micro["index"], losses["loss"].detach()))
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + value.detach() / len(micros)
-            optimizer.step()
-            bar.update()
-
-            stopping = in_any_process(bool(received))
-            logging = step % args.log_every == 0 or step == total
-            validating = step % validate_every == 0 or step == total
-            saving = validating or stopping or bool(args.checkpoint_every) and step % args.checkpoint_every == 0
-            if logging or saving:
-                sums = mean_over_processes(sums)
-                stop_if_not_finite(sums, recent, train, out / "last.pt")
-
-            if logging:
-                now, steps = time.perf_counter(), step - logged_step
-                speed = steps * args.batch_size / (now - logged_at)
-                if rank() == 0:
-                    means = {name: value.item() / steps for name, value in sums.items()}
-                    line = {"step": step, "epoch": step / steps_per_epoch, **means, "lr": lr, "images_per_s": speed,
-                            "waited": waited / (now - logged_at)}  # fmt: skip
-                    write_log(line)
-                    bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images=f"{speed:.0f}/s")
-                    if bar.disable and step % (10 * args.log_every) == 0:  # not a terminal: a line now and then
-                        print(f"step {step} of {total}: loss {means['loss']:.3f}, {speed:.0f} images/s", flush=True)
-                sums, waited, logged_at, logged_step = {}, 0.0, now, step
-
-            paused = time.perf_counter()
-            if validating:
-                scores = evaluate(model, val, device, precision, workers=args.workers).compute()
-                improved, best = scores["oIoU"] > best, max(best, scores["oIoU"])
-                if rank() == 0:
-                    write_log({"step": step, "split": val_split, **scores})
-                    bar.write(f"step {step}: {val_split} mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
-                    sys.stdout.flush()
-                    if improved:
-                        save(out / "best.pt", checkpoint(step))
-            if saving and rank() == 0:
-                save(out / "last.pt", checkpoint(step))
-            if stopping and step < total:
-                bar.close()
-                if rank() == 0:
-                    print(f"stopped after step {step} of {total}; go on with: python train.py --resume --out {out}")
-                raise SystemExit(STOPPED)
-            logged_at += time.perf_counter() - paused
-            asked_at = time.perf_counter()
-    bar.close()
-
-    # the best checkpoint's scores on every split but the training one, and pictures of them
-    if world() > 1:
-        dist.barrier()  # until rank 0 has written it
-    scores = evaluate_main([
-        "--checkpoint", str(out / "best.pt"), "--split", val_split, *test_splits, "--json", str(out / "metrics.json"),
-        "--pictures", "8", "--data", args.data, "--device", str(device), "--precision", precision,
-        "--workers", str(args.workers),
-    ])  # fmt: skip
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return scores
 
 
 if __name__ == "__main__":
