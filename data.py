@@ -44,6 +44,8 @@ def command_line(main):
         except (InputError, OSError) as error:
             # a loader process sends its traceback along in the message
             raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from error
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None  # as shells report Ctrl-C
         except RuntimeError as error:
             if torch.distributed.is_initialized() and re.search("connection|nccl", str(error), re.IGNORECASE):
                 raise SystemExit("error: another process has stopped, and so does this one") from None
@@ -459,6 +461,11 @@ def start_loader(loader: torch.utils.data.DataLoader):
     iterator = iter(loader)
     gc.unfreeze()
     return iterator
+
+
+def leave_process_group(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM go to whole groups, but who is told to stop may still want this loader's images."""
+    os.setpgid(0, 0)
 
 
 class TrainingBatches:

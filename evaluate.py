@@ -35,6 +35,7 @@ from data import (
     InputError,
     RefDataset,
     command_line,
+    leave_process_group,
     normalise,
     open_image,
     start_loader,
@@ -267,6 +268,7 @@ def evaluate(
     loader = DataLoader(
         dataset, batch_sampler=dataset.batches(batch_size)[rank() :: world()], num_workers=workers,
         pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
+        worker_init_fn=leave_process_group,
     )  # fmt: skip
     metrics = Metrics()
     bar = tqdm(

@@ -152,6 +152,8 @@ class VisionEncoder(nn.Module):
         self.norms = nn.ModuleList(map(nn.LayerNorm, self.dims))
         if config.coordinates:
             self.coordinates = nn.Linear(2, config.embed_dim)
+            with torch.no_grad():  # as strong as the patches; at torch's own scale some seeds learn no places at all
+                self.coordinates.weight *= 4
 
     def forward(self, image: Tensor, Q_l: Tensor, mask_l: Tensor) -> list[Tensor]:
         """image [B, 3, H, W], Q_l [B, T, D], mask_l [B, T] -> the fused maps F_i [B, H_i, W_i, C_i], stride 4 first."""

@@ -1062,6 +1062,12 @@ def test_a_broken_checkpoint_is_refused(trained, tmp_path):
         torch.save(checkpoint, tmp_path / "best.pt")
         with pytest.raises(data.InputError, match=message):
             evaluate.load(tmp_path / "best.pt")
+    torch.save({**evaluate.read_checkpoint(best), "format": 99}, tmp_path / "best.pt")
+    with pytest.raises(data.InputError, match="has format 99, this program reads format"):
+        evaluate.load(tmp_path / "best.pt")
+    (tmp_path / "best.pt").write_bytes(best.read_bytes()[:100_000])
+    with pytest.raises(data.InputError, match="was cut short"):
+        evaluate.load(tmp_path / "best.pt")
 
 
 @pytest.mark.slow
@@ -1334,8 +1340,8 @@ def test_kill_9_at_any_moment_loses_nothing(nproc, kills, small, tmp_path):
         else:  # at some moment after one
             wait_until(lambda: (out / "last.pt").exists() and (out / "last.pt").stat().st_mtime_ns > before, process)
             time.sleep(0.05 * kill)
-        os.killpg(process.pid, signal.SIGKILL)
-        for child in children_of(process.pid):
+        family = [*children_of(process.pid), process.pid]  # torchrun's are in sessions of their own
+        for child in family:
             os.kill(child, signal.SIGKILL)
         process.communicate()
         torn += (out / "last.pt.part").exists()
@@ -1366,21 +1372,53 @@ def children_of(pid: int) -> list[int]:
     ],
 )
 def test_a_signal_stops_after_the_step_and_resume_goes_on(number, nproc, small, tmp_path):
-    command = ["--data", small, *RUN, "--max-steps", 8 if nproc == 1 else 40, "--log-every", 3]
+    command = ["--data", small, *RUN, "--max-steps", 8 if nproc == 1 else 40, "--log-every", 3, "--workers", nproc - 1]
     process = start(*command, "--out", tmp_path / "cut", nproc=nproc)
     wait_until(lambda: (tmp_path / "cut" / "log.jsonl").exists() and log_of(tmp_path / "cut"), process)
     os.kill(process.pid, number)  # torchrun hands it on to its processes
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == (75 if nproc == 1 else 1) and 'train.py", line' not in printed, printed
-    step = int(re.search(r"stopped after step (\d+) of \d+; go on with: python train.py --resume --out", printed)[1])
+    launch = "python" if nproc == 1 else "torchrun --nproc_per_node=2"
+    step, hint = re.search(rf"stopped after step (\d+) of \d+; go on with: {launch} train.py (.*)", printed).groups()
+    step = int(step)
     assert evaluate.read_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step
-    for flags in (["--resume", "--out", tmp_path / "cut", "--data", small], [*command, "--out", tmp_path / "whole"]):
+    for flags in (hint.split(), [*command, "--out", tmp_path / "whole"]):
         assert run(HERE / "train.py", *flags, nproc=nproc).returncode == 0
     assert nproc > 1 or step < 8
     whole, cut = (evaluate.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
     if nproc == 1:
         assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_only_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        with train.noted_signals() as received:
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            assert received == ["SIGTERM", "SIGTERM", "SIGINT"]
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    for module, name in ((os, "fsync"), (Path, "replace")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    train.save(tmp_path / "last.pt", {"step": 1})
+    assert calls == ["fsync", "replace"] and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_the_log_is_cut_at_the_checkpoint(tmp_path):
+    lines = ['{"step": 1}', '{"step": 2, "loss": 3.0}', '{"step": 3}', '{"step": 4, "lo']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    train.cut_log(tmp_path / "log.jsonl", 2)
+    assert (tmp_path / "log.jsonl").read_text() == "\n".join(lines[:2]) + "\n"
+    (tmp_path / "log.jsonl").write_text("\n".join(lines[:2]))  # its last line was cut, even where it can be read
+    train.cut_log(tmp_path / "log.jsonl", 2)
+    assert (tmp_path / "log.jsonl").read_text() == lines[0] + "\n"
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(small, tmp_path):
@@ -1394,32 +1432,76 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small, tmp_path):
     assert evaluate.read_checkpoint(out / "last.pt")["step"] == 2
 
 
-def test_a_loss_that_is_not_finite_names_its_samples(small, tmp_path):
-    command = [*RUN, "--data", str(small), "--out", str(tmp_path / "run"), "--lr", "1e30", "--log-every", "5"]
-    with pytest.raises(SystemExit) as stopped:
-        train.main([*command, "--max-steps", "5"])
-    step, ids = re.search(
-        r"not finite at step (\d+); its ref_id/sent_id are (.*); there is no", stopped.value.code
-    ).groups()
+def samples_of_step(small, batch_size, step, split=slice(None)) -> list:
     dataset = data.RefDataset("shapes", "train", small)
-    objects = [
-        dataset.objects[number]
-        for _, number in list(data.TrainingBatches(len(dataset.objects), 4, 0, 5, 0))[int(step) - 1]
-    ]
-    assert [int(pair.split("/")[0]) for pair in ids.split(", ")] == [item.ref_id for item in objects]
-    assert all(int(pair.split("/")[1]) in item.sent_ids for pair, item in zip(ids.split(", "), objects))
+    order = list(data.TrainingBatches(len(dataset.objects), batch_size, 0, step, 0))[step - 1][split]
+    return [dataset.objects[number] for _, number in order]
 
 
-def test_resume_with_other_settings(small, tmp_path):
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_loss_that_is_not_finite_names_its_samples(nproc, small, tmp_path):
+    """The third of four samples of step 3 gets a loss of infinity, in the process that has it."""
+    script = f"""
+        import sys
+        import torch
+        import model, train
+        loss = model.VEGA.loss
+        def broken(self, output, mask):
+            losses = loss(self, output, mask)
+            calls[0] += 1
+            if calls[0] == {11 if nproc == 1 else 5} and train.rank() == {nproc - 1}:
+                losses["loss"] = losses["loss"] * float("inf")
+            return losses
+        calls = [0]
+        model.VEGA.loss = broken
+        train.main(sys.argv[1:])
+    """
+    (tmp_path / "broken.py").write_text("\n".join(line[8:] for line in script.splitlines()))
+    command = [*RUN, "--data", small, "--out", tmp_path / "run", "--micro-batch", 1, "--checkpoint-every", 2]
+    done = run(tmp_path / "broken.py", *command, "--log-every", 5, "--max-steps", 10, nproc=nproc, PYTHONPATH=HERE)
+    last = tmp_path / "run" / "last.pt"
+    found = re.search(
+        r"error: the loss is not finite at step 3; its ref_id/sent_id are (\d+)/(\d+); the last good checkpoint is (.*)",
+        done.stderr,
+    )
+    assert done.returncode != 0 and found and found[3] == str(last), done.stderr
+    (item,) = samples_of_step(small, 4, 3, slice(2, 3))
+    assert int(found[1]) == item.ref_id and int(found[2]) in item.sent_ids
+    checkpoint = evaluate.read_checkpoint(last)
+    assert checkpoint["step"] == 2 and all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(small, tmp_path):
+    command = [*RUN, "--data", str(small), "--out", str(tmp_path / "run"), "--lr", "1e39", "--checkpoint-every", "1"]
+    with pytest.raises(SystemExit, match="the weights are not finite after step 1, .* there is no checkpoint yet"):
+        train.main([*command, "--max-steps", "5"])
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_resume_with_other_settings(small, tmp_path, capsys):
     out = tmp_path / "run"
     train.main([*RUN, "--data", str(small), "--max-steps", "1", "--out", str(out)])
-    resume = ["--resume", "--data", str(small), "--out", str(out), "--lr", "1e-5", "--max-steps", "2"]
-    with pytest.raises(
-        SystemExit, match=r"this run has --max-steps 1, not 2; --lr 0.0007, not 1e-05: .* --resume-anyway"
-    ):
-        train.main(resume)
-    train.main([*resume, "--resume-anyway"])
-    assert [line["lr"] for line in log_of(out) if "lr" in line] == [7e-4, pytest.approx(1e-5 * 0.5**0.9)]
+    resume = ["--resume", "--out", str(out)]
+    others = ["--lr", "1e-5", "--max-steps", "3", "--weight-decay", "0.5"]
+    with pytest.raises(SystemExit) as refused:
+        train.main([*resume, *others])
+    assert "this run has --max-steps 1, not 3; --lr 0.0007, not 1e-05; --weight-decay 0.01, not 0.5: " in str(
+        refused.value
+    )
+    for flags in (["--model", "base"], ["--init", "x.pt"], ["--bert", "x"], ["--swin", "x"], ["--no-pretrained"]):
+        with pytest.raises(SystemExit, match="start another run"):
+            train.main(["--resume-anyway", "--out", str(out), *flags])
+    train.main(["--resume-anyway", "--out", str(out), *others, "--batch-size", "6"])  # --data is the run's
+    assert [line["lr"] for line in log_of(out) if "lr" in line] == [
+        7e-4, *(pytest.approx(1e-5 * (1 - step / 3) ** 0.9) for step in (1, 2))
+    ]  # fmt: skip
+    groups = evaluate.read_checkpoint(out / "last.pt")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    with pytest.raises(SystemExit, match="has done 3 steps already, more than the 2"):
+        train.main(["--resume-anyway", "--out", str(out), "--max-steps", "2"])
+    capsys.readouterr()
+    train.main(["--resume-anyway", "--out", str(out), "--epochs", "1", "--batch-size", "4"])
+    assert "12 steps of 4" in capsys.readouterr().out
 
 
 def test_init_starts_from_a_trained_model(trained, small, tmp_path):
@@ -1636,6 +1718,14 @@ def test_an_occupied_folder_is_not_overwritten(trained, small):
     done = run(HERE / "train.py", "--data", small, "--max-steps", 1, "--out", out)
     assert done.returncode != 0 and "--overwrite" in done.stderr and "Traceback" not in done.stderr
     assert (out / "best.pt").read_bytes() == before
+
+
+def test_overwrite_replaces_the_run(small, tmp_path):
+    command = ["--data", str(small), *RUN, "--out", str(tmp_path / "run")]
+    train.main([*command, "--max-steps", "2"])
+    train.main([*command, "--max-steps", "1", "--overwrite"])
+    assert evaluate.read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 1
+    assert {line["step"] for line in log_of(tmp_path / "run")} == {1}
 
 
 # Several processes

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 train.py --dataset refcoco     the paper's settings
     python train.py --resume                                   go on with the newest run
 
-A run leaves best.pt, last.pt, log.jsonl, metrics.json and pictures-SPLIT.png under runs/NAME/.
+A run leaves best.pt, last.pt, log.jsonl, metrics.json and pictures (*-SPLIT.png) under runs/NAME/.
 """
 
 import argparse
@@ -24,7 +24,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
 
-from data import DATASETS, InputError, RefDataset, TrainingBatches, command_line, make_tokenizer, start_loader
+from data import (
+    DATASETS, InputError, RefDataset, TrainingBatches, command_line, leave_process_group, make_tokenizer, start_loader,
+)  # fmt: skip
 from evaluate import (
     FORMAT, autocast, check_numbers, common_flags, compiled, evaluate, model_inputs, newest_run, rank, read_checkpoint,
     resolve_precision, restore, start_processes, world,
@@ -35,11 +37,12 @@ from selection import VARIANTS
 
 # what each model is trained with unless a flag says otherwise; base: Sec. 4.1
 RECIPES = {
-    "tiny": dict(epochs=3, batch_size=16, lr=7e-4, weight_decay=0.01, validate_every=None, log_every=10, workers=0),
-    "base": dict(epochs=40, batch_size=16, lr=3e-5, weight_decay=0.01, validate_every=None, log_every=50, workers=4),
+    "tiny": dict(epochs=3, batch_size=16, lr=7e-4, weight_decay=0.01, log_every=10, workers=0),
+    "base": dict(epochs=40, batch_size=16, lr=3e-5, weight_decay=0.01, log_every=50, workers=4),
 }
 STOPPED = 75  # exit status of a run that a signal stopped and --resume goes on with; sysexits.h: try again
 RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "metrics.json")
+START_FLAGS = ("dataset", "model", "init", "swin", "bert", "no_pretrained")  # of a new run only
 MODEL_FLAGS = ("variant", "image_size", "ratio", "drop_path", "dropout", "dice", "coordinates")  # fields of VEGAConfig
 
 
@@ -82,12 +85,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # fmt: on
     common_flags(parser)
     parser.set_defaults(
-        no_pretrained=None, overwrite=None, resume=None, resume_anyway=None, compile=None, gradient_checkpointing=None
-    )  # None: not given
+        no_pretrained=None, overwrite=None, resume=None, resume_anyway=None, compile=None, gradient_checkpointing=None,
+        data=None,
+    )  # fmt: skip
+    # None: not given
     args = parser.parse_args(argv)
+    args.resume = args.resume or args.resume_anyway
     counts = ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every")
     shares = ("lr", "weight_decay", "dropout", "drop_path", "dice", "seed", "workers")
     check_numbers(parser, args, at_least_1=counts, at_least_0=shares)
+    if args.seed is not None and args.seed >= 2**63:
+        parser.error("--seed must be below 2 ** 63")
+    if args.init and (args.swin or args.bert):
+        parser.error("--init brings all weights along: leave --swin and --bert out")
     return args
 
 
@@ -98,6 +108,7 @@ def main(argv: list[str] | None = None) -> dict:
     device = start_processes(args.device)
     args, out, resumed = open_run(args)
     args.precision = precision = resolve_precision(args.precision, device)
+    micro_batch = split_batch(args.batch_size, args.micro_batch)
 
     # data and model
     train_split, val_split, *test_splits = DATASETS[args.dataset].splits
@@ -106,9 +117,7 @@ def main(argv: list[str] | None = None) -> dict:
         if resumed is None:
             model, tokenizer = build(args, train.expressions)
         else:
-            model, tokenizer = restore(
-                resumed, torch.device("cpu"), **{name: getattr(args, name) for name in MODEL_FLAGS}
-            )
+            model, tokenizer = restore(resumed, torch.device("cpu"), **{name: vars(args)[name] for name in MODEL_FLAGS})
     model.to(device)
     model.vision.swin.set_grad_checkpointing(bool(args.gradient_checkpointing))
     config = model.config
@@ -122,17 +131,18 @@ def main(argv: list[str] | None = None) -> dict:
     steps_per_epoch = len(train) // args.batch_size
     total = args.max_steps or args.epochs * steps_per_epoch
     validate_every = args.validate_every or steps_per_epoch
+
+    # where the run stands: a new one at step 0, or as its last checkpoint says
     done, best, sums, logged_step = 0, -1.0, {}, 0  # sums of the losses since the last line of the log
     if resumed is not None:
-        optimizer.load_state_dict(resumed["optimizer"])
         done, best, logged_step = resumed["step"], resumed["best"], resumed["logged_step"]
         sums = {name: value.to(device) for name, value in resumed["sums"].items()}
-    parallel = DistributedDataParallel(model) if world() > 1 else model
-    forward = compiled(parallel) if args.compile else parallel
-    loader = DataLoader(
-        train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
-        batch_sampler=TrainingBatches(len(train), args.batch_size, done, total, args.seed, rank(), world()),
-    )  # fmt: skip
+        if done > total:
+            raise InputError(f"{out} has done {done} steps already, more than the {total} that it would end with")
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(resumed["optimizer"])
+        for group, decay in zip(optimizer.param_groups, decays):
+            group["weight_decay"] = decay  # of now, not of the checkpoint
     if rank() == 0:
         for file in RUN_FILES if resumed is None else ():
             (out / file).unlink(missing_ok=True)  # of the run that --overwrite replaces
@@ -141,8 +151,10 @@ def main(argv: list[str] | None = None) -> dict:
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.model} VEGA, {size:.1f} M parameters, on {args.dataset}: {len(train)} objects, {total} steps of "
               f"{args.batch_size} on {world()} x {device.type}, {precision}; run: {out}", flush=True)  # fmt: skip
+    del resumed  # as large as model and optimiser
 
     def checkpoint(step: int) -> dict:
+        """All that a resumed run needs, as it is now; reading it needs no other file."""
         return {
             "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": precision,
             "config": dataclasses.asdict(config), "args": vars(args),
@@ -151,31 +163,38 @@ def main(argv: list[str] | None = None) -> dict:
         }  # fmt: skip
 
     # training
+    parallel = DistributedDataParallel(model) if world() > 1 else model
+    forward = compiled(parallel) if args.compile else parallel
+    loader = DataLoader(
+        train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
+        batch_sampler=TrainingBatches(len(train), args.batch_size, done, total, args.seed, rank(), world()),
+        worker_init_fn=leave_process_group,
+    )  # fmt: skip
     bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
-    recent, waited, logged_at = [], 0.0, time.perf_counter()
-    asked_at = time.perf_counter()
+    recent = []  # samples and losses since they were last found finite
+    images, seconds, waited = 0, 0.0, 0.0  # trained on since the last line of the log; and waiting for the loader
+    asked = time.perf_counter()
     with noted_signals() as received:
         for step, batch in enumerate(start_loader(loader), done + 1):
-            waited += time.perf_counter() - asked_at
+            waited += time.perf_counter() - asked
             model.train()
             lr = args.lr * (1 - (step - 1) / total) ** 0.9  # polynomial decay
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed((args.seed << 40) + (step << 12) + rank())  # dropout depends on nothing before this step
+            # dropout depends on nothing before this step
+            torch.manual_seed(((args.seed << 40) + (step << 12) + rank()) % 2**64)
             optimizer.zero_grad()
-            micros = [
-                dict(zip(batch, values)) for values in zip(*(value.split(args.micro_batch) for value in batch.values()))
-            ]
-            for i, micro in enumerate(micros):
-                last = i == len(micros) - 1
+            parts = split(batch, micro_batch)
+            for i, part in enumerate(parts):
+                last = i == len(parts) - 1
                 with contextlib.nullcontext() if last or world() == 1 else parallel.no_sync():  # gradients meet once
                     with autocast(device, precision):
-                        output = forward(*model_inputs(micro, device))
-                    losses = model.loss(output, micro["mask"].to(device, non_blocking=True))
-                    (losses["loss"] / len(micros)).backward()
-                recent.append((step, micro["index"], losses["loss"].detach()))
+                        output = forward(*model_inputs(part, device))
+                    losses = model.loss(output, part["mask"].to(device, non_blocking=True))
+                    (losses["loss"] / len(parts)).backward()
+                recent.append((step, part["index"], losses["loss"].detach()))
                 for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + value.detach() / len(micros)
+                    sums[name] = sums.get(name, 0.0) + value.detach() / len(parts)
             optimizer.step()
             bar.update()
 
@@ -184,23 +203,22 @@ def main(argv: list[str] | None = None) -> dict:
             validating = step % validate_every == 0 or step == total
             saving = validating or stopping or bool(args.checkpoint_every) and step % args.checkpoint_every == 0
             if logging or saving:
-                sums = mean_over_processes(sums)
-                stop_if_not_finite(sums, recent, train, out / "last.pt")
+                sums = mean_over_processes(sums)  # on which the next steps of each process are added
+                stop_if_not_finite(sums["loss"], recent, model, train, out / "last.pt")
+                recent.clear()
+            images += args.batch_size
+            seconds += time.perf_counter() - asked
 
             if logging:
-                now, steps = time.perf_counter(), step - logged_step
-                speed = steps * args.batch_size / (now - logged_at)
                 if rank() == 0:
-                    means = {name: value.item() / steps for name, value in sums.items()}
-                    line = {"step": step, "epoch": step / steps_per_epoch, **means, "lr": lr, "images_per_s": speed,
-                            "waited": waited / (now - logged_at)}  # fmt: skip
-                    write_log(out, line)
-                    bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images=f"{speed:.0f}/s")
+                    means = {name: value.item() / (step - logged_step) for name, value in sums.items()}
+                    write_log(out, {"step": step, "epoch": step / steps_per_epoch, **means, "lr": lr,
+                                    "images_per_s": images / seconds, "waited": waited / seconds})  # fmt: skip
+                    bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images=f"{images / seconds:.0f}/s")
                     if bar.disable and step % (10 * args.log_every) == 0:  # not a terminal: a line now and then
-                        print(f"step {step} of {total}: loss {means['loss']:.3f}, {speed:.0f} images/s", flush=True)
-                sums, waited, logged_at, logged_step = {}, 0.0, now, step
-
-            paused = time.perf_counter()
+                        said = f"step {step} of {total}: loss {means['loss']:.3f}, {images / seconds:.0f} images/s"
+                        print(said, flush=True)
+                sums, logged_step, images, seconds, waited = {}, step, 0, 0.0, 0.0
             if validating:
                 scores = evaluate(model, val, device, precision, workers=args.workers).compute()
                 improved, best = scores["oIoU"] > best, max(best, scores["oIoU"])
@@ -212,13 +230,15 @@ def main(argv: list[str] | None = None) -> dict:
                         save(out / "best.pt", checkpoint(step))
             if saving and rank() == 0:
                 save(out / "last.pt", checkpoint(step))
-            if stopping and step < total:
+            if stopping:
                 bar.close()
+                if world() > 1:
+                    dist.barrier()  # until rank 0 has saved
                 if rank() == 0:
-                    print(f"stopped after step {step} of {total}; go on with: python train.py --resume --out {out}")
+                    launch = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
+                    print(f"stopped after step {step} of {total}; go on with: {launch} train.py --resume --out {out}")
                 raise SystemExit(STOPPED)
-            logged_at += time.perf_counter() - paused
-            asked_at = time.perf_counter()
+            asked = time.perf_counter()
     bar.close()
 
     # the best checkpoint's scores on every split but the training one, and pictures of them
@@ -238,62 +258,65 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def open_run(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, dict | None]:
-    """All settings, the folder, and the checkpoint to go on from, None if the run is new."""
-    resumed = None
+    """All settings, the run's folder, and the checkpoint to go on from: None if the run is new."""
     if args.resume:
         out = Path(args.out) if args.out else newest_run("last.pt").parent
-        resumed = read_checkpoint(out / "last.pt")
-        args = take_settings(args, resumed["args"])
-    else:
-        args = settle(args)
-        out = Path(args.out or f"runs/{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if any((out / file).exists() for file in RUN_FILES) and not args.overwrite:
-            raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or --overwrite it")
-    split_batch(args)
+        checkpoint = read_checkpoint(out / "last.pt")
+        return resumed_settings(args, checkpoint["args"]), out, checkpoint
+    args = new_settings(args)
+    name = [Path(args.out or f"runs/{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")]
     if world() > 1:
-        name = [out]
         dist.broadcast_object_list(name)  # the clock of rank 0 names the run
-        (out,) = name
-    return args, out, resumed
+    (out,) = name
+    if any((out / file).exists() for file in RUN_FILES) and not args.overwrite:
+        raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or --overwrite it")
+    return args, out, None
 
 
-def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in what the command line left open, from the recipe of the model's preset."""
-    args.dataset = args.dataset or "shapes"
-    args.model = args.model or ("tiny" if args.dataset == "shapes" else "base")
-    if args.model == "base" and not args.no_pretrained:
-        args.swin, args.bert = args.swin or PRETRAINED_SWIN, args.bert or PRETRAINED_BERT
-    args.seed = args.seed or 0
-    config = dataclasses.asdict(getattr(VEGAConfig, args.model)())
+def new_settings(args: argparse.Namespace) -> argparse.Namespace:
+    """What the command line says, and for the rest the recipe of the model's preset."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    dataset = given.get("dataset", "shapes")
+    model = given.get("model", "tiny" if dataset == "shapes" else "base")
+    config = dataclasses.asdict(getattr(VEGAConfig, model)())
+    pretrained = {"swin": PRETRAINED_SWIN, "bert": PRETRAINED_BERT}
     if args.init:
-        config = read_checkpoint(args.init)["config"]
-    for name, value in {**RECIPES[args.model], **{name: config[name] for name in MODEL_FLAGS}}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+        config, pretrained = read_checkpoint(args.init)["config"], {}
+    elif model == "tiny" or args.no_pretrained:
+        pretrained = {}
+    model_flags = {name: config[name] for name in MODEL_FLAGS}
+    recipe = {"dataset": dataset, "model": model, "data": "data", "seed": 0, **RECIPES[model]}
+    return argparse.Namespace(**{**vars(args), **recipe, **model_flags, **pretrained, **given})
 
 
-def take_settings(args: argparse.Namespace, saved: dict) -> argparse.Namespace:
+def resumed_settings(args: argparse.Namespace, saved: dict) -> argparse.Namespace:
     """The settings of the run to go on with. A flag that says otherwise is an error, unless one wants it anyway."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     machine = ("device", "data", "workers", "out", "resume", "resume_anyway", "overwrite")
     others = [name for name in given if name not in machine and given[name] != saved.get(name)]
-    if others and not args.resume_anyway:
-        told = "; ".join(f"--{name.replace('_', '-')} {saved[name]}, not {given[name]}" for name in others)
-        raise InputError(f"this run has {told}: leave such flags out to go on with it, or add --resume-anyway")
-    return argparse.Namespace(**{**saved, **given})
+    if others and (not args.resume_anyway or set(others) & set(START_FLAGS)):
+        told = "; ".join(f"--{name.replace('_', '-')} {saved.get(name)}, not {given[name]}" for name in others)
+        way = "start another run, perhaps with --init" if args.resume_anyway else "add --resume-anyway"
+        raise InputError(f"this run has {told}: leave such flags out to go on with it, or {way}")
+    if "epochs" in given:
+        saved = {**saved, "max_steps": None}
+    return argparse.Namespace(**{**vars(args), **saved, **given})
 
 
-def split_batch(args: argparse.Namespace) -> None:
-    """Set the micro batch: at most a process's share of the batch, and a divisor of it."""
-    share, rest = divmod(args.batch_size, world())
+def split_batch(batch_size: int, micro_batch: int | None) -> int:
+    """The micro batch: at most a process's share of the batch, and a divisor of it."""
+    share, rest = divmod(batch_size, world())
     if rest:
-        raise InputError(f"a batch of {args.batch_size} does not divide among {world()} processes")
-    args.micro_batch = min(args.micro_batch or share, share)
-    if share % args.micro_batch:
-        raise InputError(
-            f"each process's share of {share} images is not a multiple of --micro-batch {args.micro_batch}"
-        )
+        raise InputError(f"a batch of {batch_size} does not divide among {world()} processes")
+    micro_batch = min(micro_batch or share, share)
+    if share % micro_batch:
+        raise InputError(f"each process's share of {share} images is not a multiple of --micro-batch {micro_batch}")
+    return micro_batch
+
+
+def split(batch: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
+    """The same in parts of `size` samples."""
+    return [dict(zip(batch, values)) for values in zip(*(value.split(size) for value in batch.values()))]
 
 
 # The model and its optimiser
@@ -312,9 +335,9 @@ def rank_0_first():
 def build(args: argparse.Namespace, words: list[str]) -> tuple[VEGA, BertTokenizer]:
     """The model at its starting weights, and its tokenizer: pretrained BERT's, or one made of the training words."""
     overrides = {name: getattr(args, name) for name in MODEL_FLAGS}
-    say = print if rank() == 0 else str
     if args.init:
         return restore(read_checkpoint(args.init), torch.device("cpu"), **overrides)
+    loaded = []
     try:
         if args.bert:
             bert, tokenizer = load_bert(args.bert)
@@ -327,11 +350,15 @@ def build(args: argparse.Namespace, words: list[str]) -> tuple[VEGA, BertTokeniz
         model = VEGA(config)
         if args.bert:
             model.bert.load_state_dict(bert.state_dict())
-            say(f"BERT: {len(bert.state_dict())} tensors from {args.bert}; left out, for VEGA has none: pooler")
+            loaded.append(
+                f"BERT: {len(bert.state_dict())} tensors from {args.bert}; left out, for VEGA has none: pooler"
+            )
         if args.swin:
-            say(load_swin(model.vision.swin, args.swin, config.window_size))
+            loaded.append(load_swin(model.vision.swin, args.swin, config.window_size))
     except ValueError as error:
         raise InputError(str(error)) from None
+    if loaded and rank() == 0:
+        print(*loaded, sep="\n", flush=True)
     return model, tokenizer
 
 
@@ -386,12 +413,13 @@ def save(path: Path, checkpoint: dict) -> None:
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that SIGINT and SIGTERM are added to, instead of what they do else; a second one does that."""
+    """A list that SIGINT and SIGTERM are added to, instead of what they do else; a second Ctrl-C stops at once."""
     received = []
 
     def note(number, frame):
         received.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:  # not so SIGTERM: schedulers and torchrun may both send it
+            signal.signal(number, before[number])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -410,6 +438,7 @@ def in_any_process(flag: bool) -> bool:
 
 
 def mean_over_processes(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same scalars in every process: their means."""
     if world() == 1 or not sums:
         return sums
     values = torch.stack(list(sums.values()))
@@ -417,24 +446,31 @@ def mean_over_processes(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return dict(zip(sums, values / world()))
 
 
-def stop_if_not_finite(sums: dict, recent: list, train: RefDataset, last: Path) -> None:
-    """Every process stops where a loss since the last look is not finite; rank 0 says which samples it had.
+def stop_if_not_finite(loss: torch.Tensor, recent: list, model: VEGA, train: RefDataset, last: Path) -> None:
+    """Every process stops if a loss was, or a weight is not finite; rank 0 says which samples the loss had.
 
-    recent: of each step since then, its number, its samples and its loss in this process.
+    Args:
+        loss: sum over steps and processes.
+        recent: of each step and part, its step, samples and loss in this process.
+        last: the checkpoint that an earlier, finite state was saved to.
     """
-    if all(value.isfinite() for value in sums.values()):
-        return recent.clear()
-    found = [(step, index.tolist()) for step, index, loss in recent if not loss.isfinite()]
-    parts = [found]
+    finite = torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all()
+    if loss.isfinite() and finite:
+        return
+    mine = [(step, index.tolist(), bool(value.isfinite())) for step, index, value in recent]
+    parts = [mine]
     if world() > 1:
         parts = [None] * world()
-        dist.all_gather_object(parts, found)
-    first = min(step for part in parts for step, _ in part)
-    ids = [train.ids(i) for part in parts for step, index in part if step == first for i in index]
-    named = ", ".join(f"{one['ref_id']}/{one['sent_id']}" for one in ids)
-    kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        dist.all_gather_object(parts, mine)
     if rank():
         raise SystemExit(1)
+    kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+    wrong = sorted((step, index) for part in parts for step, index, is_finite in part if not is_finite)
+    if not wrong:
+        raise InputError(f"the weights are not finite after step {recent[-1][0]}, though its loss is; {kept}")
+    first = wrong[0][0]
+    ids = [train.ids(i) for step, index in wrong if step == first for i in index]
+    named = ", ".join(f"{one['ref_id']}/{one['sent_id']}" for one in ids)
     raise InputError(f"the loss is not finite at step {first}; its ref_id/sent_id are {named}; {kept}")
 
 
