@@ -440,6 +440,16 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 1e-5
 
 
+@pytest.mark.parametrize("flag", [[], ["--gradient-checkpointing"]])
+def test_the_flag_for_gradient_checkpointing_reaches_swin(flag, small, tmp_path, monkeypatch):
+    calls, real = [], timm.models.swin_transformer.checkpoint_seq
+    monkeypatch.setattr(
+        timm.models.swin_transformer, "checkpoint_seq", lambda blocks, x: (calls.append(blocks), real(blocks, x))[1]
+    )
+    train.main(["--data", str(small), "--max-steps", "1", "--batch-size", "4", "--out", str(tmp_path / "run"), *flag])
+    assert bool(calls) == bool(flag)
+
+
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_every_parameter_learns(stages):
     """So DDP needs no find_unused_parameters. Also with every word but [CLS] padded, under bf16."""
@@ -1502,6 +1512,40 @@ def test_resume_with_other_settings(small, tmp_path, capsys):
     capsys.readouterr()
     train.main(["--resume-anyway", "--out", str(out), "--epochs", "1", "--batch-size", "4"])
     assert "12 steps of 4" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_script_of_the_readme_outlives_a_kill(small, tmp_path):
+    (script,) = [
+        block
+        for block in re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+        if "-nt started" in block
+    ]
+    command = f"{sys.executable} {HERE / 'train.py'} --data DATA --max-steps 40 {' '.join(RUN)}"
+    for ours, small_run in (
+        ("torchrun --nproc_per_node=4 train.py", command),
+        ("--dataset refcoco --checkpoint-every 500", "--checkpoint-every 2"),
+    ):
+        assert ours in script
+        script = script.replace(ours, small_run)
+
+    def begin(folder):
+        return subprocess.Popen(
+            ["bash", "-c", script.replace("DATA", str(folder))], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    (tmp_path / "file").touch()
+    missing = begin(tmp_path / "file")  # where no data can be
+    printed = missing.communicate(timeout=60)[0]
+    assert missing.returncode == 1 and printed.count("error:") == 1 and not (tmp_path / "runs").exists(), printed
+    process, out = begin(small), tmp_path / "runs" / "refcoco"
+    wait_until(lambda: (out / "last.pt").exists(), process)
+    (child,) = children_of(process.pid)
+    os.kill(child, signal.SIGKILL)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and (out / "metrics.json").exists() and "Killed" in printed, printed
+    assert evaluate.read_checkpoint(out / "last.pt")["step"] == 40
 
 
 def test_init_starts_from_a_trained_model(trained, small, tmp_path):
