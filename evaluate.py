@@ -478,7 +478,10 @@ def benchmark(model: str, image_size: int | None, batch_size: int, device: torch
         }, repeats=50)  # fmt: skip
 
     memory = {}
-    for name in ("without checkpointing", "with checkpointing"):
+    measurable = device.type == "cuda" or Path("/proc/self/status").exists()
+    if not measurable:
+        print("the memory of a step on a CPU is measured on Linux only")
+    for name in ("without checkpointing", "with checkpointing") if measurable else ():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             arguments = config, batch_size, device, precision, name == "with checkpointing"
             memory[name] = process.submit(step_memory, *arguments).result()
