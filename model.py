@@ -105,10 +105,12 @@ class EarlyFusion(nn.Module):
     def forward(self, x: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [B, N, C], Q_l [B, T, D], mask_l [B, T] -> F_i and x + gate(F_i) * F_i (None if ungated), [B, N, C]."""
         query = self.instance_norm(self.query(x))  # [B, N, C]
-        hide_padding = ((mask_l[:, None, :] - 1) * 1e4).to(query.dtype)  # [B, 1, T]
-        # one head, scaled by C ** -0.5
-        attended = F.scaled_dot_product_attention(query, self.key(Q_l), self.value(Q_l), hide_padding)  # [B, N, C]
-        attended = self.instance_norm(self.project_attended(attended))
+        # in fp32 also under autocast: from pixel to pixel these change little, and InstanceNorm leaves just the change
+        with torch.autocast(x.device.type, enabled=False):
+            Q_l, hide_padding = Q_l.float(), (mask_l[:, None, :].float() - 1) * 1e4  # [B, T, D], [B, 1, T]
+            # one head, scaled by C ** -0.5
+            attended = F.scaled_dot_product_attention(query.float(), self.key(Q_l), self.value(Q_l), hide_padding)
+            attended = self.instance_norm(self.project_attended(attended))  # [B, N, C]
         fused = F.gelu(self.project_fused(F.gelu(self.project_vision(x)) * attended))
         return fused, None if self.gate is None else x + self.gate(fused) * fused
 

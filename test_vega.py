@@ -428,6 +428,17 @@ def test_every_parameter_of_a_variant_learns(name):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_early_fusion_keeps_the_small_differences_in_bf16():
+    """Words much like each other: what pixels gather from them differs little, and InstanceNorm magnifies it."""
+    torch.manual_seed(0)
+    fusion = EarlyFusion(48, 96)
+    x, Q_l, mask_l = torch.randn(2, 64, 48), torch.randn(96) + 0.1 * torch.randn(2, 7, 96), torch.ones(2, 7)
+    wanted, _ = fusion(x, Q_l, mask_l)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = fusion(x, Q_l, mask_l)
+    assert (found - wanted).norm() / wanted.norm() < 0.02  # with all of it in bf16 it is 0.49
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
@@ -1446,6 +1457,12 @@ def samples_of_step(small, batch_size, step, split=slice(None)) -> list:
     dataset = data.RefDataset("shapes", "train", small)
     order = list(data.TrainingBatches(len(dataset.objects), batch_size, 0, step, 0))[step - 1][split]
     return [dataset.objects[number] for _, number in order]
+
+
+def test_a_full_disk_stops_the_log(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(data.InputError, match=r"can't write .*log.jsonl \(No space left on device\). Make room"):
+        train.write_log(tmp_path, {"step": 1})
 
 
 @pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])

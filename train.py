@@ -377,8 +377,11 @@ def make_optimizer(model: VEGA, lr: float, weight_decay: float) -> torch.optim.A
 
 def write_log(out: Path, line: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)  # not before: a run that never began leaves nothing
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps(line) + "\n")
+    try:
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise InputError(f"can't write {out / 'log.jsonl'} ({error.strerror}). Make room, then --resume") from None
 
 
 def cut_log(path: Path, step: int) -> None:
