@@ -44,8 +44,6 @@ def command_line(main):
         except (InputError, OSError) as error:
             # a loader process sends its traceback along in the message
             raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from error
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None  # as shells report Ctrl-C
         except RuntimeError as error:
             if torch.distributed.is_initialized() and re.search("connection|nccl", str(error), re.IGNORECASE):
                 raise SystemExit("error: another process has stopped, and so does this one") from None
@@ -95,16 +93,20 @@ def read_refs(path: Path) -> list[dict]:
     content = path.read_bytes()
     left = len(content)  # a file that repeats its lists by reference could hold more values than memory does
 
+    @functools.cache
+    def decode(value: bytes) -> str:
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value.decode("latin-1")
+
     def text(value):
         nonlocal left
         left -= 1
         if left < 0:
             raise ValueError("more values than bytes")
         if isinstance(value, bytes):
-            try:
-                return value.decode("utf-8")
-            except UnicodeDecodeError:
-                return value.decode("latin-1")
+            return decode(value)
         if isinstance(value, (list, tuple)):
             return [text(item) for item in value]
         return {text(k): text(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -465,7 +467,8 @@ def start_loader(loader: torch.utils.data.DataLoader):
 
 def leave_process_group(worker: int) -> None:
     """Ctrl-C and torchrun's SIGTERM go to whole groups, but who is told to stop may still want this loader's images."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
 
 
 class TrainingBatches:

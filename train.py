@@ -228,6 +228,7 @@ def main(argv: list[str] | None = None) -> dict:
                     sys.stdout.flush()
                     if improved:
                         save(out / "best.pt", checkpoint(step))
+                stopping = in_any_process(bool(received))  # a validation lasts
             if saving and rank() == 0:
                 save(out / "last.pt", checkpoint(step))
             if stopping:
@@ -292,14 +293,15 @@ def new_settings(args: argparse.Namespace) -> argparse.Namespace:
 def resumed_settings(args: argparse.Namespace, saved: dict) -> argparse.Namespace:
     """The settings of the run to go on with. A flag that says otherwise is an error, unless one wants it anyway."""
     given = {name: value for name, value in vars(args).items() if value is not None}
+    if args.epochs:
+        given.setdefault("max_steps", None)  # which would else decide
     machine = ("device", "data", "workers", "out", "resume", "resume_anyway", "overwrite")
     others = [name for name in given if name not in machine and given[name] != saved.get(name)]
-    if others and (not args.resume_anyway or set(others) & set(START_FLAGS)):
+    fixed = set(others) & set(START_FLAGS)
+    if fixed or others and not args.resume_anyway:
         told = "; ".join(f"--{name.replace('_', '-')} {saved.get(name)}, not {given[name]}" for name in others)
-        way = "start another run, perhaps with --init" if args.resume_anyway else "add --resume-anyway"
+        way = "start another run, perhaps with --init" if fixed else "add --resume-anyway"
         raise InputError(f"this run has {told}: leave such flags out to go on with it, or {way}")
-    if "epochs" in given:
-        saved = {**saved, "max_steps": None}
     return argparse.Namespace(**{**vars(args), **saved, **given})
 
 
