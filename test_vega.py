@@ -1414,6 +1414,19 @@ def test_a_signal_stops_after_the_step_and_resume_goes_on(number, nproc, small, 
         assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_signal_in_a_validation_lets_it_finish(small, tmp_path, monkeypatch):
+    """Also in the last one: the scores of the best checkpoint are left to the run that goes on."""
+    out, real = tmp_path / "run", train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), real(*a, **k))[1])
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*RUN, "--data", str(small), "--max-steps", "2", "--out", str(out)])
+    assert stopped.value.code == 75 and not (out / "metrics.json").exists()
+    assert [line["step"] for line in log_of(out) if line.get("split") == "val"] == [2]
+    monkeypatch.undo()
+    train.main(["--resume", "--out", str(out)])
+    assert (out / "metrics.json").exists() and evaluate.read_checkpoint(out / "last.pt")["step"] == 2
+
+
 def test_only_a_second_ctrl_c_stops_at_once():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits another
     with pytest.raises(KeyboardInterrupt):
@@ -1560,7 +1573,9 @@ def test_the_script_of_the_readme_outlives_a_kill(small, tmp_path):
     (tmp_path / "file").touch()
     missing = begin(tmp_path / "file")  # where no data can be
     printed = missing.communicate(timeout=60)[0]
-    assert missing.returncode == 1 and printed.count("error:") == 1 and not (tmp_path / "runs" / "refcoco").exists(), printed
+    assert missing.returncode == 1 and printed.count("error:") == 1 and not (tmp_path / "runs" / "refcoco").exists(), (
+        printed
+    )
     process, out = begin(small), tmp_path / "runs" / "refcoco"
     wait_until(lambda: (out / "last.pt").exists(), process)
     (child,) = children_of(process.pid)
