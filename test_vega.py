@@ -428,6 +428,15 @@ def test_every_parameter_of_a_variant_learns(name):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_coordinates_start_as_strong_as_the_patches():
+    torch.manual_seed(0)
+    vision = VisionEncoder(VEGAConfig.tiny())
+    with torch.no_grad():
+        patches = vision.swin.patch_embed(torch.randn(1, 3, 128, 128))
+        places = vision.coordinates(torch.rand(1000, 2) * 2 - 1) - vision.coordinates.bias
+    assert 0.7 < places.std() / patches.std() < 2  # at torch's own scale 0.33
+
+
 def test_early_fusion_keeps_the_small_differences_in_bf16():
     """Words much like each other: what pixels gather from them differs little, and InstanceNorm magnifies it."""
     torch.manual_seed(0)
