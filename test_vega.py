@@ -1545,7 +1545,8 @@ def test_resume_with_other_settings(small, tmp_path, capsys):
     for flags in (["--model", "base"], ["--init", "x.pt"], ["--bert", "x"], ["--swin", "x"], ["--no-pretrained"]):
         with pytest.raises(SystemExit, match="start another run"):
             train.main(["--resume-anyway", "--out", str(out), *flags])
-    train.main(["--resume-anyway", "--out", str(out), *others, "--batch-size", "6"])  # --data is the run's
+    train.main(["--resume-anyway", "--out", str(out), *others, "--batch-size", "6"])
+    assert "on shapes: 48 objects" in capsys.readouterr().out.split("3 steps of 6")[0]  # --data is the run's
     assert [line["lr"] for line in log_of(out) if "lr" in line] == [
         7e-4, *(pytest.approx(1e-5 * (1 - step / 3) ** 0.9) for step in (1, 2))
     ]  # fmt: skip
