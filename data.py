@@ -242,14 +242,14 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 def make_tokenizer(expressions: list[str]) -> BertTokenizer:
     """BERT's tokenizer with the whole words of these expressions for its vocabulary; others become [UNK]."""
-    bare = BertTokenizer().backend_tokenizer
+    bare = BertTokenizer(do_lower_case=True).backend_tokenizer
     words = {
         word
         for expression in expressions
         for word, _ in bare.pre_tokenizer.pre_tokenize_str(bare.normalizer.normalize_str(expression))
     }
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return BertTokenizer(vocab={word: i for i, word in enumerate(special + sorted(words))})
+    return BertTokenizer(vocab={word: i for i, word in enumerate(special + sorted(words))}, do_lower_case=True)
 
 
 def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,22 +62,27 @@ def world() -> int:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The device of that name, or CUDA if there is one. Raises InputError if it is not to be had."""
+    """The device of that name, or CUDA if there is one; under torchrun each process has a GPU of its own.
+
+    A GPU becomes the current one, before anything is put on another. Raises InputError if the device is not to be had.
+    """
     try:
         picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if picked.type == "cuda":
+            picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", picked.index or 0)))
+            if picked.index >= torch.cuda.device_count() > 0:
+                raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs; start at most one process on each")
+            torch.cuda.set_device(picked)
         torch.zeros(1, device=picked)
         return picked
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device} can't be used here ({reason}); try --device cpu") from None
+        raise InputError(f"--device {device or picked} can't be used here ({reason}); try --device cpu") from None
 
 
 def start_processes(device: str | None) -> torch.device:
     """Join torchrun's process group, if there is one (nccl on CUDA, gloo on CPU); returns this process's device."""
     device = pick_device(device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
@@ -89,27 +94,36 @@ def autocast(device: torch.device, precision: str):
 
 
 def resolve_precision(precision: str | None, device: torch.device) -> str:
-    """What was asked for, or bf16 on cards that have it and fp32 elsewhere."""
-    return precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+    """What was asked for, or bf16 on cards that have it (older ones only emulate it) and fp32 elsewhere."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision or ("bf16" if has_bf16 else "fp32")
 
 
-def compiled(model: torch.nn.Module):
-    """The model through torch.compile; if that fails at a call, a line says so and it goes on without."""
-    call = torch.compile(model)
+def in_any_process(flag: bool) -> bool:
+    """Whether it is true somewhere; every process asks at the same time."""
+    votes = torch.tensor(int(flag))
+    if world() > 1:
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes)
 
-    def forward(*inputs):
-        nonlocal call
-        try:
-            return call(*inputs)
-        except Exception as error:  # of dynamo, of inductor, of the C++ compiler: many classes
-            if call is model:
-                raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            print(f"--compile does not work here ({reason}); going on without it", flush=True)
-            call = model
-            return model(*inputs)
 
-    return forward
+def compiled(model: torch.nn.Module, config: VEGAConfig, batch_size: int, device: torch.device, precision: str):
+    """The model through torch.compile, tried once; where the compiler fails in any process, the model as it is in all.
+
+    Another error, such as too little memory, is raised.
+    """
+    call, failed = torch.compile(model), False
+    try:
+        with autocast(device, precision):
+            call(*random_inputs(config, batch_size, device)[:3])
+    except torch._dynamo.exc.TorchDynamoException as error:
+        cause = getattr(error, "inner_exception", error)
+        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
+            raise
+        failed = True
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        print(f"--compile does not work here ({reason}); going on without it", flush=True)
+    return model if in_any_process(failed) else call
 
 
 def model_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -133,8 +147,11 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}. Train one first: python train.py")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of zip, of pickle, of torch, whose own text would advise to load it without weights_only
+        with open(path, "rb") as file:  # so that a disk that can't be read is an OSError
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of zip, of pickle, of torch, whose own text would advise to load it without weights_only
+        if isinstance(error, (OSError, MemoryError)) or "alloc" in str(error):
+            raise  # nothing is wrong with the file
         reason = "it is another kind of file, was cut short, or holds more than plain data"
         raise InputError(f"{path} can't be read as a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
@@ -428,7 +445,7 @@ def seconds(functions: dict, repeats: int = 5) -> dict[str, float]:
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             times[name] += [time.perf_counter() - start] * (repeat > 0)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -450,7 +467,7 @@ def step_memory(config: VEGAConfig, batch_size: int, device: torch.device, preci
         model.vision.swin.set_grad_checkpointing()
     step = training_step(model, random_inputs(config, batch_size, device), precision)
     step(), step()
-    peak = resident("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated() / 1e6
+    peak = resident("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device) / 1e6
     weights = sum(p.nbytes for p in [*model.parameters(), *model.buffers()]) / 1e6
     gradients = sum(p.nbytes for p in model.parameters()) / 1e6
     return {"weights": weights, "gradients": gradients, "optimiser": 2 * gradients,
@@ -621,14 +638,17 @@ def main(argv: list[str] | None = None) -> dict | None:
     precision = resolve_precision(args.precision or checkpoint["precision"], device)
     workers = args.workers if args.workers is not None else (0 if name == "shapes" else 4)
     scores, lines = {}, []
-    forward = compiled(model) if args.compile else None
+    batch_size, forward = args.batch_size or BATCH_SIZE, None
+    if args.compile:
+        with torch.no_grad():
+            forward = compiled(model, model.config, batch_size, device, precision)
     for split in args.split or list(DATASETS[name].splits)[1:2]:
         dataset = RefDataset(name, split, args.data)
         dataset.use(tokenizer, model.config.max_tokens, model.config.image_size, training=False)
         if args.shuffle_expressions:
             dataset.shuffle_expressions()
         metrics = evaluate(
-            model, dataset, device, precision, args.batch_size or BATCH_SIZE, workers, args.resolution, forward
+            model, dataset, device, precision, batch_size, workers, args.resolution, forward
         )
         scores[split] = metrics.compute()
         for (index, _, _), iou in zip(metrics.counts, metrics.ious()):

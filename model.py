@@ -70,6 +70,8 @@ class VEGAConfig:
         self.depths, self.num_heads = tuple(self.depths), tuple(self.num_heads)
         if self.variant not in VARIANTS:
             raise ValueError(f"there is no variant {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
+        if set(self.bert) - set(BERT_FIELDS):
+            raise ValueError(f"BERT's config names {min(set(self.bert) - set(BERT_FIELDS))}, which is none of VEGA's")
         smallest = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
         if self.image_size % 4 or self.image_size < smallest:
             raise ValueError(
@@ -148,6 +150,7 @@ class VisionEncoder(nn.Module):
         for stage in self.swin.layers:
             for block in stage.blocks:
                 block.__class__ = PadThenShiftBlock
+                block.attn.fused_attn = True  # the same to 1e-5, faster, and no attention map is kept for backward
         self.dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
         gated = [i < len(self.dims) - 1 for i in range(len(self.dims))]
         self.fusions = nn.ModuleList(map(EarlyFusion, self.dims, [config.bert["hidden_size"]] * len(gated), gated))

@@ -28,8 +28,8 @@ from data import (
     DATASETS, InputError, RefDataset, TrainingBatches, command_line, leave_process_group, make_tokenizer, start_loader,
 )  # fmt: skip
 from evaluate import (
-    FORMAT, autocast, check_numbers, common_flags, compiled, evaluate, model_inputs, newest_run, rank, read_checkpoint,
-    resolve_precision, restore, start_processes, world,
+    FORMAT, autocast, check_numbers, common_flags, compiled, evaluate, in_any_process, model_inputs, newest_run, rank,
+    read_checkpoint, resolve_precision, restore, start_processes, world,
 )  # fmt: skip
 from evaluate import main as evaluate_main
 from model import BERT_FIELDS, PRETRAINED_BERT, PRETRAINED_SWIN, VEGA, VEGAConfig, load_bert, load_swin
@@ -43,6 +43,7 @@ RECIPES = {
 STOPPED = 75  # exit status of a run that a signal stopped and --resume goes on with; sysexits.h: try again
 RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "metrics.json")
 START_FLAGS = ("dataset", "model", "init", "swin", "bert", "no_pretrained")  # of a new run only
+TEXT_RULES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")  # how the tokenizer cuts a text
 MODEL_FLAGS = ("variant", "image_size", "ratio", "drop_path", "dropout", "dice", "coordinates")  # fields of VEGAConfig
 
 
@@ -159,12 +160,13 @@ def main(argv: list[str] | None = None) -> dict:
             "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": precision,
             "config": dataclasses.asdict(config), "args": vars(args),
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums, "logged_step": logged_step,
-            "tokenizer": {"vocab": tokenizer.get_vocab(), "do_lower_case": tokenizer.do_lower_case},
+            "tokenizer": {"vocab": tokenizer.get_vocab(), **{name: getattr(tokenizer, name) for name in TEXT_RULES}},
         }  # fmt: skip
 
     # training
     parallel = DistributedDataParallel(model) if world() > 1 else model
-    forward = compiled(parallel) if args.compile else parallel
+    parallel.broadcast_buffers = False  # Swin's are constants; (the argument of this name is deprecated)
+    forward = compiled(parallel, config, micro_batch, device, precision) if args.compile else parallel
     loader = DataLoader(
         train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
         batch_sampler=TrainingBatches(len(train), args.batch_size, done, total, args.seed, rank(), world()),
@@ -387,9 +389,9 @@ def write_log(out: Path, line: dict) -> None:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Leave out the lines past a step, which a resumed run writes again, and a last line that was cut short."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    """Leave out the lines past a step, which a resumed run writes again, and what a kill or a power cut left of one."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
     part = path.with_name(path.name + ".part")
     part.write_text("".join(kept))
     part.replace(path)
@@ -432,14 +434,6 @@ def noted_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def in_any_process(flag: bool) -> bool:
-    """Whether it is true somewhere; every process asks at the same time."""
-    votes = torch.tensor(int(flag))
-    if world() > 1:
-        dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes)
 
 
 def mean_over_processes(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
