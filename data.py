@@ -1,4 +1,4 @@
-"""Data in the REFER format: refs pickle + instances.json + images, for RefCOCO's family and the generated shapes.
+"""Data in the REFER format: refs, instances.json and images, of RefCOCO's family, the generated shapes or one's own.
 
     python data.py --check refcoco [--all]      what of a dataset is on disk, and whether it is whole
 
@@ -6,11 +6,11 @@ data/refcoco/{instances.json, refs(unc).p}      data/refcoco+/{instances.json, r
 data/refcocog/{instances.json, refs(umd).p, refs(google).p}
 data/images/train2014/COCO_train2014_*.jpg      (or images/mscoco/images/train2014, as REFER keeps them)
 data/shapes/{instances.json, refs(shapes).p, images/}      written here the first time it is needed
+FOLDER/{instances.json, refs.json or refs*.p, images/}     any other dataset: --dataset FOLDER
 """
 
 import argparse
 import functools
-import gc
 import io
 import itertools
 import json
@@ -19,7 +19,6 @@ import os
 import pickle
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,33 +45,33 @@ def command_line(main):
             raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from error
         except RuntimeError as error:
             if torch.distributed.is_initialized() and re.search("connection|nccl", str(error), re.IGNORECASE):
-                raise SystemExit("error: another process has stopped, and so does this one") from None
+                raise SystemExit(f"error: another process has stopped, and so does this one: {error}") from None
             raise
 
     return wrapped
 
 
-@dataclass(frozen=True)
-class Dataset:
-    folder: str
-    refs: str
-    splits: dict[str, tuple]  # split -> (refs, images) of the original, None where unknown; the first trains
-    images: tuple[str, ...] = ("images/train2014", "images/mscoco/images/train2014")
+class Source(NamedTuple):
+    """Where a known dataset lies under --data, and its size: split -> (refs, images)."""
+
+    refs: str  # instances.json lies beside it
+    images: tuple[str, ...]
+    sizes: dict[str, tuple[int, int]] = {}
 
 
-UNKNOWN = (None, None)
-DATASETS = {
-    "shapes": Dataset("shapes", "refs(shapes).p", {
-        "train": UNKNOWN, "val": UNKNOWN, "testA": UNKNOWN, "testB": UNKNOWN,
-    }, ("shapes/images",)),
-    "refcoco": Dataset("refcoco", "refs(unc).p", {
+COCO_IMAGES = ("images/train2014", "images/mscoco/images/train2014")
+DATASETS = {  # the sizes: TensorFlow Datasets' documentation of ref_coco
+    "shapes": Source("shapes/refs(shapes).p", ("shapes/images",)),
+    "refcoco": Source("refcoco/refs(unc).p", COCO_IMAGES, {
         "train": (42404, 16994), "val": (3811, 1500), "testA": (1975, 750), "testB": (1810, 750),
     }),
-    "refcoco+": Dataset("refcoco+", "refs(unc).p", {
-        "train": UNKNOWN, "val": (None, 1500), "testA": (None, 750), "testB": (None, 750),
+    "refcoco+": Source("refcoco+/refs(unc).p", COCO_IMAGES, {
+        "train": (42278, 16992), "val": (3805, 1500), "testA": (1975, 750), "testB": (1798, 750),
     }),
-    "refcocog-umd": Dataset("refcocog", "refs(umd).p", {"train": UNKNOWN, "val": (None, 1300), "test": (None, 2600)}),
-    "refcocog-google": Dataset("refcocog", "refs(google).p", {"train": UNKNOWN, "val": (None, 4650)}),
+    "refcocog-umd": Source("refcocog/refs(umd).p", COCO_IMAGES, {
+        "train": (42226, 21899), "val": (2573, 1300), "test": (5023, 2600),
+    }),
+    "refcocog-google": Source("refcocog/refs(google).p", COCO_IMAGES, {"train": (44822, 24698), "val": (5000, 4650)}),
 }  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
 
@@ -88,8 +87,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_refs(path: Path) -> list[dict]:
-    """The refs of a file written by Python 2 (byte strings in UTF-8, a few in Latin-1) or Python 3."""
-
+    """The refs of a JSON file, or of a pickle by Python 2 (byte strings in UTF-8, a few in Latin-1) or Python 3."""
     content = path.read_bytes()
     left = len(content)  # a file that repeats its lists by reference could hold more values than memory does
 
@@ -112,33 +110,44 @@ def read_refs(path: Path) -> list[dict]:
         return {text(k): text(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     try:
-        refs = text(PlainUnpickler(io.BytesIO(content), encoding="bytes").load())
+        if path.suffix == ".json":
+            refs = json.loads(content)
+        else:
+            refs = text(PlainUnpickler(io.BytesIO(content), encoding="bytes").load())
+        if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
+            raise TypeError("not a list of dicts")
     except InputError as error:
         raise InputError(f"{path} was refused: {error}") from None
     except Exception as error:  # a pickle can be wrong in a dozen ways
-        raise InputError(f"{path} is not a refs pickle ({type(error).__name__}). Is the download whole?") from None
+        raise InputError(f"{path} is not a list of refs ({type(error).__name__}: {error}). Is it whole?") from None
     return refs
+
+
+REACH = 1_000_000  # pixels; to draw an outline of that length takes 0.4 GB
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """COCO segmentation -> bool [height, width], as COCO's own tools decode it.
 
     Args:
-        segmentation: a list of polygons [x0, y0, x1, y1, ..] in pixels, whose union is taken and of which
-            those of fewer than three points cover nothing; or an RLE {"size": [h, w], "counts": ..} with
-            counts as a list or as COCO's compressed string.
+        segmentation: an RLE {"size": [h, w], "counts": ..} with counts as a list or as COCO's compressed string; a
+            polygon's points are [x0, y0, x1, y1, ..] in pixels, and fewer than three cover nothing; a list of
+            either is their union.
 
     Raises InputError if an RLE does not fill the image exactly, or a polygon is not a list of pairs of finite numbers
-    within ten times the image.
+    or longer than REACH.
     """
     try:
-        if isinstance(segmentation, dict):
-            return decode_rle(segmentation, height, width)
         mask = np.zeros((height, width), dtype=bool)
-        for polygon in segmentation:
-            points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-            if not (np.abs(points) <= 10 * max(height, width)).all():
-                raise ValueError("a polygon has coordinates that are not numbers near the image")
+        for part in [segmentation] if isinstance(segmentation, dict) else segmentation:
+            if isinstance(part, dict):
+                mask |= decode_rle(part, height, width)
+                continue
+            points = np.asarray(part, dtype=np.float64).reshape(-1, 2)
+            steps = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
+            reach = np.maximum(steps, np.abs(points).max(initial=0))
+            if not reach <= REACH:
+                raise ValueError(f"a polygon is {reach:.0f} pixels long or away, but must be at most {REACH}")
             if len(points) >= 3:
                 mask |= fill_polygon(points, height, width)
         return mask
@@ -210,7 +219,7 @@ def open_image(path: str | Path, upright: bool = True) -> Image.Image:
     """An image file as RGB; see `to_rgb`. Raises InputError if it can't be read."""
     try:
         return to_rgb(Image.open(path), upright)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"there is no image {path}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} can't be read as an image ({error})") from None
@@ -267,36 +276,108 @@ def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) 
 # The dataset
 
 
-def read_annotations(name: str, data: str) -> tuple[list[dict], dict, dict, Path]:
-    """A dataset's refs, its images by id, the annotations that the refs name by id, and the folder of its images."""
-    dataset, data = DATASETS[name], Path(data)
-    if name == "shapes" and not (data / dataset.folder).exists():
-        generate_shapes(data / dataset.folder)
-    instances_file, refs_file = data / dataset.folder / "instances.json", data / dataset.folder / dataset.refs
+def locate(name: str, data: Path) -> tuple[Path, list[Path]]:
+    """The refs file of a dataset and the folders in which its images may lie; draws the shapes if they are not there.
+
+    Args:
+        name: a key of DATASETS, a folder, or the refs file itself where a folder holds several.
+    """
+    if name in DATASETS:
+        refs = data / DATASETS[name].refs
+        if name == "shapes" and not refs.parent.exists():
+            generate_shapes(refs.parent)
+        return refs, [data / folder for folder in DATASETS[name].images]
+    refs = Path(name)
+    if refs.is_dir():
+        found = sorted([*refs.glob("refs*.p"), *refs.glob("refs.json")])
+        if len(found) > 1:
+            raise InputError(f"{name} holds several refs files; name one of them: {', '.join(map(str, found))}")
+        refs = found[0] if found else refs / "refs.json"
+    elif not refs.is_file():
+        raise InputError(f"there is no dataset {name}: it must be a folder or one of {', '.join(DATASETS)}")
+    images = refs.parent / "images"
+    return refs, [images, *sorted(path for path in images.glob("**/") if path != images)]
+
+
+class Referred(NamedTuple):
+    """An object that sentences refer to, kept small: loader processes share it until they touch it."""
+
+    ref_id: int
+    image_id: int | str
+    file_name: str
+    height: int
+    width: int
+    segmentation: bytes  # as JSON
+    sent_ids: list[int]
+    sentences: list[str]
+
+
+@functools.lru_cache(maxsize=1)
+def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[str, list[Referred]], Path]:
+    """split -> its objects, those of an image side by side, and the folder of the images.
+
+    What REFER's files always have and a file of one's own may leave out is filled in: ids, and an image's size.
+    """
+    refs_file, folders = locate(name, Path(data))
+    instances_file = refs_file.with_name("instances.json")
     for file in (instances_file, refs_file):
         if not file.is_file():
             raise InputError(
-                f"{file} is missing. Unpack {name} to {data / dataset.folder}/: the README's section "
-                f"'RefCOCO, step by step' says where to download it. With nothing to download: --dataset shapes"
+                f"{file} is missing. The README says where to get RefCOCO ('RefCOCO, step by step') and what a dataset "
+                f"is made of ('Your own data'). With nothing to download: --dataset shapes"
             )
     refs = read_refs(refs_file)
     try:
-        for key in ("ref_id", "image_id", "split", "sentences"):
-            [ref[key] for ref in refs]  # all must be there
-        named = {ref["ann_id"] for ref in refs}
         instances = json.loads(instances_file.read_bytes())
-        images = {image["id"]: image for image in instances["images"]}
-        annotations = {a["id"]: a for a in instances["annotations"] if a["id"] in named}
+        entries = {image.get("id", image["file_name"]): image for image in instances["images"]}
+        named = {ref.get("ann_id") for ref in refs}
+        annotations = {a["id"]: a["segmentation"] for a in instances.get("annotations", []) if a["id"] in named}
+        place = {image_id: number for number, image_id in enumerate(entries)}
+        refs = sorted(enumerate(refs), key=lambda pair: place.get(pair[1]["image_id"], -1))  # an image's side by side
+        [ref["split"] for _, ref in refs]  # all must be there
     except ValueError as error:
         raise InputError(f"{instances_file} is not JSON ({error}). Is the download whole?") from None
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{instances_file} or {refs_file} is not in REFER's format (at {error})") from None
-    folder = next((data / f for f in dataset.images if (data / f).is_dir()), None)
-    if folder is None:
-        raise InputError(
-            f"there is no image folder {data / dataset.images[0]}: the README says where to get the images"
-        )
-    return refs, images, annotations, folder
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{instances_file} or {refs_file} is not in REFER's format (at {error!r})") from None
+    if images:
+        folders = [Path(images)]
+    some = [entry["file_name"] for entry in itertools.islice(entries.values(), 20)]
+    folder = max(folders, key=lambda folder: sum((folder / file).is_file() for file in some))
+    if not folder.is_dir():
+        raise InputError(f"there is no image folder {folders[0]}: say where the images of {name} lie with --images DIR")
+
+    objects, sizes, sentence_count = {}, {}, 0
+    for number, ref in refs:
+        ref_id = ref.get("ref_id", number)
+        try:
+            image_id, image = ref["image_id"], entries.get(ref["image_id"])
+            segmentation = ref.get("segmentation") or annotations.get(ref["ann_id"])
+            if image is None or segmentation is None:
+                raise InputError(
+                    f"ref {ref_id} of {name} names image {image_id} and annotation {ref.get('ann_id')}, but "
+                    f"instances.json lacks one of them: the two files don't belong together"
+                )
+            if image_id not in sizes:
+                file = folder / image["file_name"]
+                if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+                    raise ValueError(f"an image name that leads out of its folder, {image['file_name']}")
+                width, height = (image["width"], image["height"]) if "height" in image else Image.open(file).size
+                sizes[image_id] = int(height), int(width)
+            sentences = [{"raw": one} if isinstance(one, str) else one for one in ref["sentences"]]
+            if not sentences or isinstance(ref["sentences"], str) or not isinstance(sentences[0], dict):
+                raise ValueError("its sentences must be a list of one or more texts")
+            item = Referred(
+                ref_id, image_id, image["file_name"], *sizes[image_id], json.dumps(segmentation).encode(),
+                [one.get("sent_id", sentence_count + i) for i, one in enumerate(sentences)],
+                [one["raw"].strip() for one in sentences],  # a blank one counts, as for peers
+            )  # fmt: skip
+        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"ref {ref_id} of {name} or its annotation is not in order: {error!r}") from None
+        objects.setdefault(str(ref["split"]), []).append(item)
+        sentence_count += len(sentences)
+    return objects, folder
 
 
 class Referred(NamedTuple):
@@ -349,20 +430,22 @@ class RefDataset(torch.utils.data.Dataset):
 
     Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
     int64 [max_tokens], "index" the number of the sentence in `sentences`. The tokenizer is set by `use`, since
-    a new one is made of the training split's own words.
+    a new one is made of the training split's own words. For `name` see `locate`; `data` is the folder of the known
+    datasets, `images` that of the images where they lie elsewhere.
 
     Raises InputError if a file is missing or not what it should be.
     """
 
-    def __init__(self, name: str, split: str, data: str | Path = "data"):
+    def __init__(self, name: str, split: str, data: str | Path = "data", images: str | None = None):
         self.name, self.split = name, split
-        if split not in DATASETS[name].splits:
-            raise InputError(f"{name} has no split {split!r}; it has {', '.join(DATASETS[name].splits)}")
-        objects, self.folder = read_objects(name, str(data))
+        objects, self.folder = read_dataset(name, str(data), images)
+        if split not in objects:
+            raise InputError(
+                f"{name} has no split {split!r}; it has {', '.join(objects) or 'none'}. The \"split\" of its refs must "
+                f"be 'train' for those to train on, 'val' for those to validate on, and any other name for tests"
+            )
         self.objects = objects[split]
         self.sentences = [(number, raw) for number, item in enumerate(self.objects) for raw in item.sentences]
-        if not self.sentences:
-            raise InputError(f"{DATASETS[name].refs} holds no sentence of {name}'s split {split}")
         self.first = np.cumsum([0] + [len(item.sentences) for item in self.objects])  # sentence of each object
 
     def use(self, tokenizer: BertTokenizer, max_tokens: int, image_size: int, training: bool, seed: int = 0):
@@ -456,50 +539,41 @@ class RefDataset(torch.utils.data.Dataset):
         self.input_ids, self.attention_mask = self.input_ids[source], self.attention_mask[source]
 
 
-def start_loader(loader: torch.utils.data.DataLoader):
-    """Its iterator, whose processes leave the memory that they share with this one alone: no garbage search there."""
-    gc.collect()
-    gc.freeze()
-    iterator = iter(loader)
-    gc.unfreeze()
-    return iterator
+# Pictures, and the check before a long run
+
+GREEN, RED, WHITE = (40, 220, 90), (255, 60, 60), (255, 255, 255)
 
 
-def leave_process_group(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM go to whole groups, but who is told to stop may still want this loader's images."""
-    if hasattr(os, "setpgid"):  # not on Windows
-        os.setpgid(0, 0)
+def overlay(image: Image.Image, mask: np.ndarray | torch.Tensor, color: tuple[int, int, int]) -> Image.Image:
+    """The image, dimmed outside the mask (bool [h, w], resized to the image), which is outlined in the colour."""
+    mask = np.asarray(Image.fromarray(np.asarray(mask)).resize(image.size, Image.Resampling.NEAREST))
+    pixels = np.asarray(image, dtype=np.float32)
+    shown = np.where(mask[..., None], pixels, 0.4 * pixels)
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    shown[mask & ~inner] = color
+    return Image.fromarray(shown.astype(np.uint8))
 
 
-class TrainingBatches:
-    """Batch sampler: this rank's slice of the global batch of every step from `start` to `stop`, as (epoch, object).
-
-    The order of each epoch is drawn from (seed, epoch); an incomplete last batch is left for the next shuffle.
-    """
-
-    def __init__(self, objects: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world: int = 1):
-        self.objects, self.batch_size, self.start, self.stop, self.seed = objects, batch_size, start, stop, seed
-        self.rank, self.local = rank, batch_size // world
-        self.steps_per_epoch = objects // batch_size
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self):
-        order, order_epoch = None, None
-        for step in range(self.start, self.stop):
-            epoch, batch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.objects), epoch
-            first = batch * self.batch_size + self.rank * self.local
-            yield [(epoch, int(number)) for number in order[first : first + self.local]]
+def sheet(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]], side: int = 240) -> None:
+    """Write rows of (title, [(caption, tile), ..]) to a PNG, the tiles squeezed to squares."""
+    gap, line = 10, 22
+    pitch = 2 * line + side + gap
+    canvas = Image.new(
+        "RGB", (gap + max(len(tiles) for _, tiles in rows) * (side + gap), gap + len(rows) * pitch), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+    for i, (title, tiles) in enumerate(rows):
+        draw.text((gap, gap + i * pitch), title, "black", font_size=16)
+        for j, (caption, tile) in enumerate(tiles):
+            left, top = gap + j * (side + gap), gap + i * pitch + line
+            draw.text((left, top), caption, "dimgrey", font_size=14)
+            canvas.paste(tile.resize((side, side), Image.Resampling.BILINEAR), (left, top + line))
+    canvas.save(path)
 
 
-# The check before a long run
-
-
-def check(name: str, data: str = "data", every_image: bool = False) -> bool:
-    """Print what of a dataset is on disk beside what should be there; True if nothing is wrong.
+def check(name: str, data: str = "data", every_image: bool = False, images: str | None = None) -> bool:
+    """Print what of a dataset is on disk beside what should be there, and draw 12 samples; True if nothing is wrong.
 
     Args:
         every_image: decode the image and draw the mask of every object, not of a sample of 200.
@@ -512,45 +586,56 @@ def check(name: str, data: str = "data", every_image: bool = False) -> bool:
         whole = whole and not wrong
         print(f"{what:<52}{found:>9}   " + ("" if expected is None else f"WRONG, not {expected}" if wrong else "ok"))
 
-    refs, images, annotations, folder = read_annotations(name, str(data))
-    print(f"{name} under {data}; images in {folder}")
-    for split, (known_refs, known_images) in DATASETS[name].splits.items():
-        named = [ref for ref in refs if ref["split"] == split]
-        row(f"{split}: refs", len(named), known_refs)
-        row(f"{split}: images", len({ref["image_id"] for ref in named}), known_images)
-    row("refs without an annotation in instances.json", sum(ref["ann_id"] not in annotations for ref in refs), 0)
-    row("blank sentences", sum(not sentence["raw"].strip() for ref in refs for sentence in ref["sentences"]))
-    orphans = {a["image_id"] for a in annotations.values()} | {ref["image_id"] for ref in refs}
-    row("annotations and refs without an image in instances.json", len(orphans - images.keys()), 0)
-    datasets = [RefDataset(name, split, data) for split in DATASETS[name].splits]  # raises what training would raise
-    objects = [(dataset, int(first)) for dataset in datasets for first in dataset.first[:-1]]
-    files = {dataset.object(first).file_name for dataset, first in objects}
-    missing = sorted(file for file in files if not (folder / file).is_file())
+    splits, folder = read_dataset(name, data, images)  # raises what training would raise
+    known = DATASETS[name].sizes if name in DATASETS else {}
+    print(f"{name}; images in {folder}")
+    for split in dict.fromkeys([*known, *splits]):
+        items = splits.get(split, [])
+        for what, count, expected in zip(
+            ("refs", "images"), (len(items), len({item.image_id for item in items})), known.get(split, (None, None))
+        ):
+            row(f"{split}: {what}", count, expected)
+    for split in {"train", "val"} - splits.keys():
+        print(f"note: no ref has the split {split!r}, which training needs")
+    row("blank sentences", sum(not text for items in splits.values() for item in items for text in item.sentences))
+    missing = {item.file_name for items in splits.values() for item in items}
+    missing = sorted(file for file in missing if not (folder / file).is_file())
     row("image files missing", len(missing), 0)
-    objects = [(dataset, first) for dataset, first in objects if dataset.object(first).file_name not in missing]
-    if not every_image:
-        objects = [objects[i] for i in np.random.default_rng(0).permutation(len(objects))[:200]]
-    broken = []
-    for dataset, first in tqdm(objects, desc="decoding", unit="object", disable=None):
+    datasets = [RefDataset(name, split, data, images) for split in splits]
+    objects = [(dataset, int(first)) for dataset in datasets for first in dataset.first[:-1]]
+    order = np.random.default_rng(0).permutation(len(objects))
+    objects = [objects[i] for i in order if objects[i][0].object(objects[i][1]).file_name not in missing]
+    objects = objects if every_image else objects[:200]
+    broken, samples = [], []
+    for dataset, index in tqdm(objects, desc="decoding", unit="object", disable=None):
         try:
-            dataset.image(first), dataset.mask(first)
+            image, mask = dataset.image(index), dataset.mask(index)
         except InputError as error:
             broken.append(str(error))
+            continue
+        if len(samples) < 12:
+            samples.append([(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))])
     row(f"broken, of {len(objects)} images and masks" + ("" if every_image else " (--all: every one)"), len(broken), 0)
     for what, several in (("missing", missing), ("broken", broken)):
         for one in several[:5]:
             print(f"{what}: {one}")
+    if samples:
+        path = Path("runs") / f"check-{Path(name).resolve().name}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet(path, [("", sum(samples[i : i + 3], [])) for i in range(0, len(samples), 3)])
+        print(f"12 samples with their masks: {path}")
     return whole
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", required=True, choices=DATASETS, help="the dataset to verify")
+    parser.add_argument("--check", required=True, metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder")
     parser.add_argument("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
+    parser.add_argument("--images", metavar="DIR", help="where the images are, if not there")
     parser.add_argument("--all", action="store_true", help="decode every image and mask, not a sample of 200")
     args = parser.parse_args(argv)
-    if not check(args.check, args.data, args.all):
+    if not check(args.check, args.data, args.all, args.images):
         raise SystemExit(1)
 
 

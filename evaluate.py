@@ -2,7 +2,7 @@
 
     python evaluate.py --split val testA testB           the newest run, as the paper's Table 5
     python evaluate.py --split val --shuffle-expressions does the model listen to the words?
-    python evaluate.py --image photo.jpg --expression "the man on the left"
+    python evaluate.py --image photo.jpg --expression "the man on the left" "the dog"
     python evaluate.py --benchmark --image-size 480      what VEGA costs beside its two encoders alone
 
 Under torchrun the batches are dealt to the ranks, and no sample is counted twice or dropped.
@@ -11,6 +11,7 @@ Under torchrun the batches are dealt to the ranks, and no sample is counted twic
 import argparse
 import dataclasses
 import functools
+import gc
 import json
 import math
 import multiprocessing
@@ -31,18 +32,9 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 
 from data import (
-    DATASETS,
-    InputError,
-    RefDataset,
-    command_line,
-    leave_process_group,
-    normalise,
-    open_image,
-    start_loader,
-    to_input,
-    to_rgb,
+    DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, normalise, open_image, overlay, sheet, to_input, to_rgb,
     tokenize,
-)
+)  # fmt: skip
 from model import VEGA, VEGAConfig, check_fit
 from selection import VISBlock
 
@@ -126,6 +118,21 @@ def compiled(model: torch.nn.Module, config: VEGAConfig, batch_size: int, device
     return model if in_any_process(failed) else call
 
 
+def start_loader(loader: torch.utils.data.DataLoader):
+    """Its iterator, whose processes leave the memory that they share with this one alone: no garbage search there."""
+    gc.collect()
+    gc.freeze()
+    iterator = iter(loader)
+    gc.unfreeze()
+    return iterator
+
+
+def leave_process_group(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM go to whole groups, but who is told to stop may still want this loader's images."""
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
+
+
 def model_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The arguments of VEGA's forward from a batch of RefDataset, on the device."""
     image, input_ids, attention_mask = (
@@ -187,26 +194,33 @@ def newest_run(file: str) -> Path:
 class Segmenter:
     """A trained model for one's own pictures: mask = segment(image, expression)."""
 
-    def __init__(self, checkpoint: str | Path, device: str | None = None):
-        self.device = pick_device(device)
-        self.model, self.tokenizer = restore(read_checkpoint(checkpoint), self.device)
+    def __init__(
+        self, checkpoint: str | Path, device: str | None = None, precision: str = "fp32", image_size: int | None = None
+    ):
+        self.device, self.precision = pick_device(device), precision
+        overrides = {"image_size": image_size} if image_size else {}
+        self.model, self.tokenizer = restore(read_checkpoint(checkpoint), self.device, **overrides)
 
-    @torch.inference_mode()
     def __call__(self, image: Image.Image | str | Path, expression: str) -> np.ndarray:
         """The pixels that the expression names: bool [height, width] at the image's own size."""
+        return self.logits(image, [expression])[0] > 0
+
+    @torch.inference_mode()
+    def logits(self, image: Image.Image | str | Path, expressions: list[str]) -> np.ndarray:
+        """float32 [E, height, width], positive where the image shows what the expression names; one forward pass."""
         image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
-        if not expression.strip():
+        if not all(expression.strip() for expression in expressions):
             raise InputError("the expression is empty: say what to segment, such as 'the man on the left'")
         config = self.model.config
-        input_ids, attention_mask = tokenize(self.tokenizer, [expression], config.max_tokens)
+        input_ids, attention_mask = tokenize(self.tokenizer, expressions, config.max_tokens)
         batch = {
-            "image": to_input(image, config.image_size)[None],
+            "image": to_input(image, config.image_size).expand(len(expressions), -1, -1, -1),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
         }
-        output = self.model(*model_inputs(batch, self.device))
-        logits = F.interpolate(output["logits"][:, None], (image.height, image.width), mode="bilinear")
-        return (logits[0, 0] > 0).cpu().numpy()
+        with autocast(self.device, self.precision):
+            logits = self.model(*model_inputs(batch, self.device))["logits"]
+        return F.interpolate(logits[:, None], (image.height, image.width), mode="bilinear")[:, 0].cpu().numpy()
 
 
 def load(checkpoint: str | Path, device: str | None = None) -> Segmenter:
@@ -308,36 +322,6 @@ def evaluate(
 
 # Pictures
 
-GREEN, RED, WHITE = (40, 220, 90), (255, 60, 60), (255, 255, 255)
-
-
-def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int]) -> Image.Image:
-    """The image, dimmed outside the mask [height, width], which is outlined in the colour."""
-    pixels = np.asarray(image, dtype=np.float32)
-    shown = np.where(mask[..., None], pixels, 0.4 * pixels)
-    padded = np.pad(mask, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    shown[mask & ~inner] = color
-    return Image.fromarray(shown.astype(np.uint8))
-
-
-def sheet(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]], side: int = 240) -> None:
-    """Write rows of (title, [(caption, tile), ..]) to a PNG, the tiles squeezed to squares."""
-    gap, line = 10, 22
-    pitch = 2 * line + side + gap
-    canvas = Image.new(
-        "RGB", (gap + max(len(tiles) for _, tiles in rows) * (side + gap), gap + len(rows) * pitch), "white"
-    )
-    draw = ImageDraw.Draw(canvas)
-    for i, (title, tiles) in enumerate(rows):
-        draw.text((gap, gap + i * pitch), title, "black", font_size=16)
-        for j, (caption, tile) in enumerate(tiles):
-            left, top = gap + j * (side + gap), gap + i * pitch + line
-            draw.text((left, top), caption, "dimgrey", font_size=14)
-            canvas.paste(tile.resize((side, side), Image.Resampling.BILINEAR), (left, top + line))
-    canvas.save(path)
-
-
 @torch.no_grad()
 def pictures(
     model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, device: torch.device, folder: Path, name: str,
@@ -359,20 +343,16 @@ def pictures(
         metrics = Metrics()
         metrics.update(prediction, item["mask"])
 
-        def on_image(mask: torch.Tensor, color: tuple[int, int, int]) -> Image.Image:
-            mask = Image.fromarray(mask.cpu().numpy()).resize(image.size, Image.Resampling.NEAREST)
-            return overlay(image, np.array(mask), color)
-
         tiles = [
             ("image", image),
-            ("ground truth", on_image(item["mask"], GREEN)),
-            ("prediction", on_image(prediction, RED)),
+            ("ground truth", overlay(image, item["mask"], GREEN)),
+            ("prediction", overlay(image, prediction, RED)),
         ]
         words = []
         if output["selection"].M is not None:  # of a variant that selects
-            M = output["selection"].M[0].bool().unflatten(1, output["similarity"].shape[1:])
+            M = output["selection"].M[0].bool().cpu().unflatten(1, output["similarity"].shape[1:])
             names = tokenizer.convert_ids_to_tokens(item["input_ids"][item["attention_mask"] == 1])
-            words = [(f"selected by {word}", on_image(m, WHITE)) for word, m in zip(names, M)]
+            words = [(f"selected by {word}", overlay(image, m, WHITE)) for word, m in zip(names, M)]
         return f"{dataset.sentences[index][1]}   (IoU {100 * metrics.ious()[0]:.0f})", tiles, words
 
     rows = []
@@ -546,10 +526,13 @@ def benchmark(model: str, image_size: int | None, batch_size: int, device: torch
 # The command
 
 
-def common_flags(parser: argparse.ArgumentParser) -> None:
+def common_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    """default: the dataset that is taken without --dataset, in words."""
     flag = parser.add_argument
     # fmt: off
-    flag("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
+    flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder in REFER's format; default: {default}")
+    flag("--data", metavar="DIR", help="where the known datasets are (default: data)")
+    flag("--images", metavar="DIR", help="where the dataset's images are, if not where the README says")
     flag("--image-size", type=int, metavar="PIXELS", help="side of the model's input")
     flag("--workers", type=int, help="processes that load images (default: 0 for shapes, else 4)")
     flag("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
@@ -571,7 +554,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag = parser.add_argument
     # fmt: off
     flag("--checkpoint", metavar="FILE", help="default: best.pt of the newest run under runs/")
-    flag("--dataset", choices=DATASETS, help="default: the one that the checkpoint was trained on")
     flag("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
     flag("--batch-size", type=int, help=f"images per forward pass (default: {BATCH_SIZE}; of --benchmark 1)")
     flag("--resolution", choices=("input", "original"), default="input",
@@ -582,15 +564,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--pictures", type=int, default=0, metavar="N",
          help="write N samples of each split beside the checkpoint, and what each word selects in one")
     flag("--shuffle-expressions", action="store_true", help="give each sample the expression of another image")
-    flag("--image", metavar="FILE", help="segment this photograph instead of a dataset")
-    flag("--expression", metavar="TEXT", help="what to segment in --image")
+    flag("--image", nargs="+", metavar="FILE", help="segment these photographs, or a folder's, instead of a dataset")
+    flag("--expression", nargs="+", metavar="TEXT", help="what to segment in them, one or more")
     flag("--benchmark", action="store_true", help="time a model at random weights, beside its two encoders alone")
     flag("--model", choices=("tiny", "base"), default="base", help="of --benchmark (default: base)")
     # fmt: on
-    common_flags(parser)
+    common_flags(parser, "the one that the checkpoint was trained on")
     args = parser.parse_args(argv)
     if (args.image is None) != (args.expression is None):
         parser.error("--image and --expression go together")
+    others = ("split", "dataset", "compile", "pictures", "json", "per_sample", "shuffle_expressions", "benchmark")
+    for name in others if args.image is not None else ():
+        if getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} does nothing with --image: leave one of them out")
     check_numbers(parser, args, at_least_1=("batch_size",), at_least_0=("workers", "pictures"))
     for file in filter(None, (args.json, args.per_sample)):  # before the work, not after it
         if not Path(file).parent.is_dir():
@@ -598,17 +584,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def segment_photograph(checkpoint: Path, args: argparse.Namespace) -> None:
-    image = open_image(args.image)
-    segment = load(checkpoint, args.device)
-    mask = segment(image, args.expression)
-    slug = re.sub(r"\W+", "-", args.expression.lower()).strip("-")[:60]
-    path = checkpoint.parent / f"{Path(args.image).stem}-{slug}.png"
-    overlay(image, mask, RED).save(path)
-    ids, _ = tokenize(segment.tokenizer, [args.expression], segment.model.config.max_tokens)
-    if segment.tokenizer.unk_token_id in ids:
-        print("note: the model has never seen some word of this expression")
-    print(f"{args.expression!r} covers {100 * mask.mean():.1f} % of {args.image}; the overlay is {path}")
+def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
+    """Write each expression's mask and overlay, and a sheet of several, beside the checkpoint."""
+    files, broken = [], []
+    for given in args.image:
+        if given and Path(given).is_dir():
+            known = Image.registered_extensions()
+            files += sorted(path for path in Path(given).iterdir() if path.suffix.lower() in known)
+        else:
+            files.append(Path(given))
+    if len({file.stem for file in files}) < max(len(files), 1):
+        raise InputError(f"{', '.join(args.image)}: there must be photographs, and no two of the same name")
+    segment = Segmenter(checkpoint, args.device, args.precision or "fp32", args.image_size)
+    ids, _ = tokenize(segment.tokenizer, args.expression, segment.model.config.max_tokens)
+    for expression, unknown in zip(args.expression, ids == segment.tokenizer.unk_token_id):
+        if unknown.any():
+            print(f"note: the model has never seen some word of {expression!r}")
+    for file in tqdm(files, unit="photograph", disable=None if len(files) > 1 else True):
+        try:
+            image = open_image(file)
+        except InputError as error:
+            broken.append(str(error))
+            continue
+        masks = segment.logits(image, args.expression) > 0
+        tiles = [("", image)]
+        for number, (expression, mask) in enumerate(zip(args.expression, masks), 1):
+            slug = re.sub(r"\W+", "-", expression.lower()).strip("-")[:60]
+            path = checkpoint.parent / f"{file.stem}-{f'{number}-' * (len(masks) > 1)}{slug}.png"
+            tiles.append((expression, overlay(image, mask, RED)))
+            tiles[-1][1].save(path)
+            Image.fromarray(mask).convert("L").save(path.with_name(f"{path.stem}-mask.png"))
+            found = f"covers {100 * mask.mean():.1f} % of" if mask.any() else "names nothing that was found in"
+            tqdm.write(f"{expression!r} {found} {file}; the overlay is {path}")
+        if len(masks) > 1:
+            sheet(checkpoint.parent / f"{file.stem}-sheet.png", [(file.name, tiles)])
+    if broken:
+        raise InputError(f"{len(broken)} of {len(files)} photographs were left out: " + "\n".join(broken))
 
 
 @command_line
@@ -629,12 +640,14 @@ def main(argv: list[str] | None = None) -> dict | None:
         return result
     checkpoint_file = Path(args.checkpoint) if args.checkpoint else newest_run("best.pt")
     if args.image is not None:
-        return segment_photograph(checkpoint_file, args)
+        return segment_photographs(checkpoint_file, args)
     device = start_processes(args.device)
     checkpoint = read_checkpoint(checkpoint_file)
     overrides = {"image_size": args.image_size} if args.image_size else {}
     model, tokenizer = restore(checkpoint, device, **overrides)
-    name = args.dataset or checkpoint["dataset"]
+    name, images, data = args.dataset or checkpoint["dataset"], args.images, args.data or "data"
+    if not args.dataset:
+        images = images or checkpoint["args"].get("images")
     precision = resolve_precision(args.precision or checkpoint["precision"], device)
     workers = args.workers if args.workers is not None else (0 if name == "shapes" else 4)
     scores, lines = {}, []
@@ -642,8 +655,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     if args.compile:
         with torch.no_grad():
             forward = compiled(model, model.config, batch_size, device, precision)
-    for split in args.split or list(DATASETS[name].splits)[1:2]:
-        dataset = RefDataset(name, split, args.data)
+    for split in args.split or ["val"]:
+        dataset = RefDataset(name, split, data, images)
         dataset.use(tokenizer, model.config.max_tokens, model.config.image_size, training=False)
         if args.shuffle_expressions:
             dataset.shuffle_expressions()

@@ -213,7 +213,7 @@ class TopKPixels(VISBlock):
         return Selection(G, F.pad(mask_l, (0, G.shape[1] - mask_l.shape[1]), value=1), S, M)
 
     def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
-        rank_index = M_hat[:, 0].topk(self.K(F_v.shape[1])).indices  # [B, K] the pixels that M_hat does not hide
+        rank_index = M_hat[:, 0].topk(self.K(F_v.shape[1])).indices.sort().values  # [B, K] pixels that it leaves
         return F_v.take_along_dim(rank_index[..., None], dim=1)  # F_topk [B, K, D]
 
 

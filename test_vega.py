@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import data
 import evaluate
@@ -54,7 +56,7 @@ def run(*command, nproc=1, cwd=HERE, **environment) -> subprocess.CompletedProce
     )
     start += [] if nproc == 1 else ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     return subprocess.run(
-        [*start, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=600,
+        [*start, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=1800,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
@@ -520,9 +522,49 @@ def test_an_untrained_tiny_model_learns_one_batch(small):
     raise AssertionError(f"IoU after 200 steps: {metrics.ious()}")
 
 
-@pytest.mark.parametrize("overrides", [dict(image_size=62), dict(image_size=8), dict(ratio=0.0), dict(ratio=1.5)])
+def test_windows_use_fused_attention_and_change_nothing():
+    torch.manual_seed(0)
+    swin = VisionEncoder(VEGAConfig.tiny(image_size=60, depths=(2, 2), num_heads=(2, 2), window_size=4)).swin
+    attentions = [block.attn for stage in swin.layers for block in stage.blocks]
+    assert all(attention.fused_attn for attention in attentions)
+    results = []
+    for fused in (True, False):
+        for attention in attentions:
+            attention.fused_attn = fused
+        output = swin.layers(swin.patch_embed(torch.linspace(-2, 2, 3 * 60 * 60).view(1, 3, 60, 60).sin()))
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(swin.layers.parameters()))])
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 fakes no CUDA tensors without a driver")
+@pytest.mark.parametrize("preset", ["tiny", "base"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_stays_on_the_cpu_when_the_model_is_on_a_gpu(name, preset, monkeypatch):
+    """Fake tensors know their device and shape only. A batch comes from the CPU, as the loader's do."""
+    monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+    model, fake = VEGA(getattr(VEGAConfig, preset)(variant=name)), FakeTensorMode()
+    S, T = model.config.image_size, model.config.max_tokens
+    batch = {
+        "image": torch.zeros(2, 3, S, S, dtype=torch.uint8), "mask": torch.zeros(2, S, S, dtype=torch.bool),
+        "input_ids": torch.zeros(2, T, dtype=torch.int64), "attention_mask": torch.ones(2, T, dtype=torch.int64),
+    }  # fmt: skip
+    batch = {key: fake.from_tensor(value) for key, value in batch.items()}
+    with fake:
+        model._apply(lambda tensor: fake.from_tensor(tensor).cuda())
+        output = model(*evaluate.model_inputs(batch, torch.device("cuda")))
+        mask = batch["mask"].to("cuda")
+        losses = model.loss(output, mask)
+        assert {tensor.device.type for tensor in (output["logits"], *losses.values())} == {"cuda"}
+        assert output["logits"].shape == (2, S, S)
+        with pytest.raises(DataDependentOutputException):  # all but reading the counts, which fake tensors don't have
+            evaluate.Metrics().update(output["logits"] > 0, mask)
+
+
+@pytest.mark.parametrize("overrides", [dict(image_size=62), dict(image_size=8), dict(ratio=0.0), dict(ratio=1.5),
+                                       dict(bert={"hidden_size": 8, "vocab_size": 9, "_attn_implementation": "x"})])
 def test_impossible_configs_are_refused(overrides):
-    with pytest.raises(ValueError, match="must"):
+    with pytest.raises(ValueError, match="must|names _attn_implementation"):
         VEGA(VEGAConfig.tiny(**overrides))
 
 
@@ -568,6 +610,29 @@ def test_masks_are_cocos_to_the_pixel():
     assert filled > 1000
 
 
+def test_a_list_of_rles_and_polygons_is_their_union():
+    coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed; pip install pycocotools")
+    rng, size = np.random.default_rng(0), [30, 40]
+    for _ in range(100):
+        encoded = [coco.merge(coco.frPyObjects([random_polygon(rng)], *size)) for _ in range(3)]
+        theirs = coco.decode(coco.merge(encoded)).astype(bool)
+        rles = [{"size": size, "counts": one["counts"].decode()} for one in encoded]
+        assert np.array_equal(data.rasterize(rles, *size), theirs)
+        polygon = random_polygon(rng)
+        theirs |= coco.decode(coco.merge(coco.frPyObjects([polygon], *size))).astype(bool)
+        assert np.array_equal(data.rasterize([*rles, polygon], *size), theirs)
+
+
+def test_a_polygon_may_reach_far_out_of_the_image():
+    coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed; pip install pycocotools")
+    rng = np.random.default_rng(0)
+    for reach in (100, 600, 5000, 50_000):
+        for _ in range(20):
+            polygon = rng.uniform(-reach, reach, int(rng.integers(3, 9)) * 2).tolist()
+            theirs = coco.decode(coco.merge(coco.frPyObjects([polygon], 6, 35))).astype(bool)
+            assert np.array_equal(data.rasterize([polygon], 6, 35), theirs), polygon
+
+
 def test_a_wrong_rle_is_refused():
     for counts in ([3, 4], [5, -1, 8], "04", "P", [2**63 - 1, 2**63 - 1, 14], [2**63, 1], [float("nan")], None):
         with pytest.raises(data.InputError, match="can't be drawn"):
@@ -576,6 +641,8 @@ def test_a_wrong_rle_is_refused():
     for polygons in (
         [[0, 0, nan, 1, 2, 2]],
         [[0, 0, 1e300, 1, 2, 2]],
+        [[1e300] * 6],
+        [[0, 0, 2e6, 1, 2, 2]],
         [[0, 0, 1, 1, 2]],
         [["a"] * 6],
         [None],
@@ -690,12 +757,12 @@ def test_training_sentences_depend_on_seed_epoch_and_object_alone(small):
     drawn = [[dataset[(epoch, i)]["index"] for i in range(len(dataset))] for epoch in (0, 1, 0)]
     assert drawn[0] == drawn[2] != drawn[1]
     assert all(index // 2 == i for i, index in enumerate(drawn[0]))  # two sentences an object
-    sampler = lambda rank, world: list(data.TrainingBatches(len(dataset), 8, 0, 9, 3, rank, world))
+    sampler = lambda rank, world: list(train.TrainingBatches(len(dataset), 8, 0, 9, 3, rank, world))
     whole = sampler(0, 1)
     assert whole == [a + b for a, b in zip(sampler(0, 2), sampler(1, 2))]
     epoch = [number for batch in whole[: len(dataset) // 8] for _, number in batch]
     assert len(set(epoch)) == len(epoch) and {e for e, _ in whole[0]} == {0} and {e for e, _ in whole[8]} == {1}
-    assert list(data.TrainingBatches(len(dataset), 8, 5, 9, 3)) == whole[5:]
+    assert list(train.TrainingBatches(len(dataset), 8, 5, 9, 3)) == whole[5:]
 
 
 def test_shuffled_expressions_come_from_another_image(small):
@@ -737,7 +804,7 @@ def test_a_hostile_refs_pickle_is_refused_and_nothing_runs(tmp_path):
     for _ in range(60):  # a kilobyte that would unfold to 10 ** 60 lists
         bomb = [bomb] * 10
     (tmp_path / "refs.p").write_bytes(pickle.dumps([{"split": bomb}], 2))
-    with pytest.raises(data.InputError, match="is not a refs pickle"):
+    with pytest.raises(data.InputError, match="is not a list of refs"):
         data.read_refs(tmp_path / "refs.p")
 
 
@@ -770,13 +837,13 @@ WORDS = ["man on the left".encode(), "caf\u00e9 table".encode(), "caf\u00e9 chai
 
 def write_refer(folder: Path, name: str, images: str, protocol: int, size=(80, 60), scenes: int = 4) -> Path:
     """A miniature of a REFER dataset in its exact layout: `scenes` images a split, two objects each."""
-    dataset, rng = data.DATASETS[name], np.random.default_rng(0)
-    (folder / dataset.folder).mkdir(parents=True)
+    refs_file, rng = folder / data.DATASETS[name].refs, np.random.default_rng(0)
+    refs_file.parent.mkdir(parents=True)
     (folder / images).mkdir(parents=True)
     width, height = size
     instances = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
     refs = []
-    for split in dataset.splits:
+    for split in data.DATASETS[name].sizes:
         for _ in range(scenes):
             image_id = 1000 + len(instances["images"])
             file = f"COCO_train2014_{image_id:012d}.jpg"
@@ -807,8 +874,8 @@ def write_refer(folder: Path, name: str, images: str, protocol: int, size=(80, 6
                     b"ref_id": len(refs), b"ann_id": ann_id, b"image_id": image_id, b"category_id": 1, b"split": split.encode(),
                     b"file_name": file.replace(".jpg", f"_{k}.jpg").encode(), b"sent_ids": [s[b"sent_id"] for s in sentences], b"sentences": sentences,
                 })  # fmt: skip
-    (folder / dataset.folder / "instances.json").write_text(json.dumps(instances))
-    (folder / dataset.folder / dataset.refs).write_bytes(python_2_pickle(refs, protocol))
+    refs_file.with_name("instances.json").write_text(json.dumps(instances))
+    refs_file.write_bytes(python_2_pickle(refs, protocol))
     return folder
 
 
@@ -834,7 +901,7 @@ def test_a_miniature_refcoco_trains_evaluates_and_is_checked(name, images, proto
             str(tmp_path / "run"),
         ]
     )
-    assert list(scores) == list(data.DATASETS[name].splits)[1:]
+    assert list(scores) == list(data.DATASETS[name].sizes)[1:]
     assert all(row["samples"] == 16 for row in scores.values())
     last = list(scores)[-1]
     again = evaluate.main([*common, "--checkpoint", str(tmp_path / "run" / "best.pt"), "--split", last])
@@ -843,11 +910,10 @@ def test_a_miniature_refcoco_trains_evaluates_and_is_checked(name, images, proto
     assert {"cafe", "left", "\u732b"} <= set(tokenizer.get_vocab())  # BERT strips accents
 
     capsys.readouterr()
-    known = [size for sizes in data.DATASETS[name].splits.values() for size in sizes if size is not None]
     with pytest.raises(SystemExit):  # the sizes are not the real ones
         data.main(["--check", name, "--data", str(folder), "--all"])
     printed = capsys.readouterr().out
-    assert printed.count("WRONG") == len(known) and "image files missing" in printed
+    assert printed.count("WRONG") == 2 * len(data.DATASETS[name].sizes) and "image files missing" in printed
     some = sorted((folder / COCO_PLACES[images]).iterdir())
     some[0].unlink()
     some[1].write_bytes(some[1].read_bytes()[:200])
@@ -855,6 +921,53 @@ def test_a_miniature_refcoco_trains_evaluates_and_is_checked(name, images, proto
         data.main(["--check", name, "--data", str(folder), "--all"])
     printed = capsys.readouterr().out
     assert f"missing: {some[0].name}" in printed and f"{some[1].name} can't be read as an image" in printed
+
+
+@pytest.mark.slow
+def test_check_misses_no_ref_of_the_real_sizes(tmp_path, capsys, monkeypatch):
+    """refcoco+ as large as the real one, on one small image under 19,992 names; then without one ref of each split."""
+    monkeypatch.chdir(tmp_path)
+    images, folder = tmp_path / "images" / "train2014", tmp_path / "refcoco+"
+    images.mkdir(parents=True), folder.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "0.jpg")
+    segmentation, refs = [[1, 1, 6, 1, 6, 6]], []
+    for split, (objects, pictures) in data.DATASETS["refcoco+"].sizes.items():
+        start = len({ref["image_id"] for ref in refs})
+        sentences = [{"sent_id": 0, "raw": "thing", "sent": "thing", "tokens": ["thing"]}]
+        refs += [{"ref_id": i, "ann_id": 0, "image_id": start + i % pictures, "split": split, "sentences": sentences} for i in range(objects)]  # fmt: skip
+    names = sorted({ref["image_id"] for ref in refs})
+    for i in names[1:]:
+        (images / f"{i}.jpg").hardlink_to(images / "0.jpg")
+    entries = [{"id": i, "file_name": f"{i}.jpg", "height": 8, "width": 8} for i in names]
+    annotations = [{"id": 0, "image_id": 0, "segmentation": segmentation}]
+    (folder / "instances.json").write_text(json.dumps({"images": entries, "annotations": annotations}))
+    for without in (None, "train", "val", "testA", "testB"):
+        lost = next((i for i, ref in enumerate(refs) if ref["split"] == without), len(refs))
+        (folder / "refs(unc).p").write_bytes(pickle.dumps(refs[:lost] + refs[lost + 1 :], 2))
+        data.read_dataset.cache_clear()
+        assert data.check("refcoco+", str(tmp_path)) == (without is None)
+        wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+        assert [line.split(":")[0] for line in wrong] == [without] * (without is not None)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [{}], [{"ref_id": 1}], [1], {"a": 1}, [{"image_id": 1004, "ann_id": 5000, "split": "val", "sentences": [{}]}],
+        [{"image_id": [], "ann_id": 5000, "split": "val", "sentences": ["x"]}],
+        [{"image_id": 1004, "ann_id": 1, "split": "val", "sentences": ["x"]}],
+        [{"image_id": 1004, "ann_id": 5000, "split": "val", "sentences": []}],
+        [{"image_id": 1004, "ann_id": 5000, "split": "val", "sentences": [7]}],
+        [{"image_id": 1004, "ann_id": 5000, "split": "val", "sentences": "text"}],
+    ],
+)  # fmt: skip
+def test_check_tells_malformed_refs_in_one_line(broken, tmp_path, monkeypatch):
+    folder = write_refer(tmp_path / "data", "refcoco", COCO_PLACES[0], 2)
+    (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(broken, 2))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        data.main(["--check", "refcoco", "--data", str(folder)])
+    assert str(stopped.value.code).startswith("error: ") and len(stopped.value.code.splitlines()) == 1
 
 
 def edit(folder: Path, key: str, value) -> None:
@@ -873,14 +986,14 @@ def edit(folder: Path, key: str, value) -> None:
         (lambda f: (f / "refcoco" / "refs(unc).p").unlink(), "refs(unc).p is missing"),
         (lambda f: (f / "refcoco" / "instances.json").write_text("{"), "instances.json is not JSON"),
         (lambda f: (f / "refcoco" / "instances.json").write_text("[]"), "not in REFER's format"),
-        (lambda f: (f / "refcoco" / "refs(unc).p").write_bytes(b"\x80\x02]("), "is not a refs pickle"),
-        (lambda f: (f / "refcoco" / "refs(unc).p").write_bytes(b"\x80\x02]."), "holds no sentence"),
+        (lambda f: (f / "refcoco" / "refs(unc).p").write_bytes(b"\x80\x02]("), "is not a list of refs"),
+        (lambda f: (f / "refcoco" / "refs(unc).p").write_bytes(b"\x80\x02]."), "has no split 'train'; it has none"),
         (lambda f: edit(f, "file_name", "../../secret.jpg"), "leads out of its folder"),
         (lambda f: edit(f, "height", None), "not in order"),
         (lambda f: edit(f, "height", 700), "its mask would not fit"),
         (lambda f: edit(f, "segmentation", [[0, 0, 1e300, 3, 3, 3]]), "can't be drawn"),
         (lambda f: edit(f, "segmentation", "x"), "can't be drawn"),
-        (lambda f: edit(f, "segmentation", [[math.nan] * 6]), "coordinates that are not numbers"),
+        (lambda f: edit(f, "segmentation", [[math.nan] * 6]), "a polygon is nan pixels long"),
         (lambda f: edit(f, "segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "can't be drawn"),
         (lambda f: edit(f, "segmentation", {"size": [60, 80], "counts": [1, 2]}), "can't be drawn"),
         (lambda f: (f / COCO_PLACES[0]).rename(f / "elsewhere"), "no image folder"),
@@ -992,7 +1105,7 @@ def microsoft(weights: dict) -> dict:
     return {"model": renamed}
 
 
-def test_swin_weights_load_from_every_format_or_not_at_all(tmp_path):
+def test_swin_weights_load_from_every_format_or_not_at_all(tmp_path, monkeypatch):
     torch.manual_seed(0)
     full = timm.create_model("swin_base_patch4_window12_384", num_classes=21841).eval()
     weights = full.state_dict()
@@ -1010,6 +1123,14 @@ def test_swin_weights_load_from_every_format_or_not_at_all(tmp_path):
         assert file in said and "head, norm" in said
         with torch.no_grad():
             torch.testing.assert_close(swin.layers(swin.patch_embed(image)), wanted, rtol=1e-5, atol=1e-5)
+
+    real = timm.create_model  # by name, as by default, but for the download
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "timm.safetensors")}}
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: real(*a, **k, **overlay if k.get("pretrained") else {}))
+    swin = VisionEncoder(config).swin.eval()
+    model_module.load_swin(swin, model_module.PRETRAINED_SWIN, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(swin.layers(swin.patch_embed(image)), wanted, rtol=1e-5, atol=1e-5)
 
     whole = (tmp_path / "timm.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -1072,6 +1193,35 @@ def test_bert_loads_from_a_folder_of_any_size(small, tmp_path):
     with pytest.raises(SystemExit, match="encoder.layer.1.output.dense.weight"):
         train.main([*command, "--out", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_cuts_a_text_as_its_tokenizer_did(small, tmp_path):
+    """A BERT that minds capitals, drops accents and leaves Chinese characters together; and our own, which does not."""
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] Red cafe \u4e2d\u6587 red".split()
+    rules = dict(do_lower_case=False, strip_accents=True, tokenize_chinese_chars=False)
+    transformers.BertTokenizer({word: i for i, word in enumerate(words)}, **rules).save_pretrained(tmp_path / "bert")
+    sizes = dict(vocab_size=9, hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=64)
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    command = ["--data", str(small), "--max-steps", "1", "--batch-size", "4", "--image-size", "64"]
+    train.main([*command, "--bert", str(tmp_path / "bert"), "--out", str(tmp_path / "run")])
+    _, tokenizer = evaluate.restore(evaluate.read_checkpoint(tmp_path / "run" / "last.pt"), torch.device("cpu"))
+    assert tokenizer("Red caf\u00e9 \u4e2d\u6587 red")["input_ids"] == [2, 5, 6, 7, 8, 3]
+    ours = data.make_tokenizer(["red cup"])
+    assert ours("RED Cup")["input_ids"] == ours("red cup")["input_ids"] and 1 not in ours("RED Cup")["input_ids"]
+
+
+def test_a_disk_that_fails_is_not_told_as_a_broken_checkpoint(trained, tmp_path, monkeypatch):
+    """Or a person would delete a good one."""
+    with pytest.raises(OSError, match="Input/output error"):
+        evaluate.read_checkpoint("/proc/self/mem")  # which can be opened, and not read from its start
+    (best,) = (trained / "runs").glob("*/best.pt")
+    for error in (PermissionError(13, "denied"), MemoryError("full"), RuntimeError("you tried to allocate 8 bytes")):
+        def fails(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(torch, "load", fails)
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            evaluate.read_checkpoint(best)
 
 
 def test_a_hostile_checkpoint_is_refused_and_nothing_runs(tmp_path):
@@ -1154,25 +1304,28 @@ def test_scale(tmp_path, capsys):
     figures = json.loads(done.stdout.splitlines()[-1])
     with capsys.disabled():
         print(f"\ninstances.json of {megabytes:.0f} MB: {figures}")
-    assert figures["seconds to index"] <= 20 and figures["MB with 4 workers"] <= 1024
-    assert figures["samples/s of one worker"] >= 60  # 100 on an idle machine
+    assert figures["MB with 4 workers"] <= 1024
+    assert figures["seconds to index"] <= 12 * figures["seconds of json.loads"]  # a ratio: machines differ
 
 
 SCALE = """
 import json, sys, time
 import torch
-import data
+import data, evaluate, train as training
 
 def proportional(pid):  # MB of a process, shared pages counted in parts
     return sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")) / 1024
 
 torch.set_num_threads(1)
+started = time.perf_counter()
+json.loads(open(f"{sys.argv[1]}/refcoco/instances.json", "rb").read())
+loads = time.perf_counter() - started
 before, started = proportional("self"), time.perf_counter()
 train, val = (data.RefDataset("refcoco", split, sys.argv[1]) for split in ("train", "val"))
 tokenizer = data.make_tokenizer(["the thing number on the left"])
 train.use(tokenizer, 21, 480, training=True), val.use(tokenizer, 21, 480, training=False)
 seconds = time.perf_counter() - started
-loader = lambda workers, steps: data.start_loader(torch.utils.data.DataLoader(train, batch_sampler=data.TrainingBatches(len(train), 16, 0, steps, 0), num_workers=workers))
+loader = lambda workers, steps: evaluate.start_loader(torch.utils.data.DataLoader(train, batch_sampler=training.TrainingBatches(len(train), 16, 0, steps, 0), num_workers=workers))
 batches = loader(4, 200)
 for _ in range(60):
     next(batches)
@@ -1184,7 +1337,7 @@ started = time.perf_counter()
 for _ in range(30):
     next(batches)
 speed = 30 * 16 / (time.perf_counter() - started)
-print(json.dumps({"seconds to index": round(seconds, 1), "MB with 4 workers": round(memory), "samples/s of one worker": round(speed)}))
+print(json.dumps({"seconds to index": round(seconds, 1), "seconds of json.loads": round(loads, 2), "MB with 4 workers": round(memory), "samples/s of one worker": round(speed)}))
 """
 
 
@@ -1243,6 +1396,69 @@ def test_evaluate_prints_the_row_that_training_printed(trained, small):
     assert done.returncode == 0, done.stderr
     (row,) = [line for line in done.stdout.splitlines() if " testB " in line]
     assert row in (trained / "printed").read_text().splitlines()
+
+
+class Fixed(torch.nn.Module):
+    """Stands for a model: its logits are -1, and +1 in the first column of the second expression of a photograph."""
+
+    config = VEGAConfig.tiny()
+
+    def forward(self, image, input_ids, attention_mask):
+        logits = -torch.ones(len(image), 8, 8)
+        logits[1:, :, 0] = 1
+        return {"logits": logits}
+
+
+def test_photographs(trained, tmp_path, monkeypatch, capsys):
+    """A folder with a broken one in it, two expressions: masks, overlays, a sheet each; the broken one is named last."""
+    (best,) = (trained / "runs").glob("*/best.pt")
+    (tmp_path / "best.pt").write_bytes(best.read_bytes())
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name in ("a.jpg", "c.png"):
+        Image.new("RGB", (90, 61), "red").save(folder / name)
+    (folder / "b.jpg").write_text("<html>")
+    (folder / "notes.txt").write_text("no photograph")
+    monkeypatch.setattr(evaluate, "restore", lambda *a, **k: (Fixed(), data.make_tokenizer(["red thing"])))
+    command = ["--checkpoint", str(tmp_path / "best.pt"), "--expression", "red thing", "Left: thing!"]
+    with pytest.raises(SystemExit, match=r"1 of 3 photographs were left out: .*b.jpg can't be read as an image"):
+        evaluate.main([*command, "--image", str(folder)])
+    printed = capsys.readouterr().out
+    assert "never seen some word of 'Left: thing!'" in printed and "word of 'red thing'" not in printed
+    assert "'red thing' names nothing that was found in" in printed and "'Left: thing!' covers 12.2 % of" in printed
+    masks = {path.name: np.asarray(Image.open(path)) for path in tmp_path.glob("*-mask.png")}
+    assert set(masks) == {f"{photograph}-{slug}-mask.png" for photograph in "ac" for slug in ("1-red-thing", "2-left-thing")}
+    assert all(mask.shape == (61, 90) for mask in masks.values()) and not masks["a-1-red-thing-mask.png"].any()
+    left = masks["c-2-left-thing-mask.png"]
+    assert set(np.unique(left)) == {0, 255} and (left[:, :11] == 255).all() and (left[:, 11:] == 0).all()
+    assert Image.open(tmp_path / "a-2-left-thing.png").size == (90, 61) and (tmp_path / "c-sheet.png").exists()
+
+
+def test_logits_of_several_expressions_are_those_of_each(trained):
+    (best,) = (trained / "runs").glob("*/best.pt")
+    segment, image = evaluate.load(best), Image.linear_gradient("L").resize((50, 40))
+    expressions = ["red thing", "left square", "star below the blue circle"]
+    logits = segment.logits(image, expressions)
+    assert logits.shape == (3, 40, 50) and logits.dtype == np.float32
+    for one, expression in zip(logits, expressions):
+        np.testing.assert_allclose(one, segment.logits(image, [expression])[0], rtol=1e-4, atol=1e-4)
+        assert np.array_equal(one > 0, segment(image, expression))
+
+
+def test_photographs_honour_the_flags_of_the_model(trained, tmp_path, monkeypatch):
+    """Another image size does not fit this model; bf16 rounds its logits."""
+    (best,) = (trained / "runs").glob("*/best.pt")
+    seen, real = [], evaluate.Segmenter.logits
+    monkeypatch.setattr(evaluate.Segmenter, "logits", lambda *a: (seen.append(real(*a)), seen[-1])[1])
+    checkpoint = evaluate.read_checkpoint(best)
+    torch.save(checkpoint, tmp_path / "best.pt")
+    Image.linear_gradient("L").save(tmp_path / "photo.png")
+    command = ["--checkpoint", str(tmp_path / "best.pt"), "--image", str(tmp_path / "photo.png"), "--expression", "red"]
+    for flags in ([], ["--precision", "bf16"]):
+        evaluate.main([*command, *flags])
+    assert 0 < np.abs(seen[0] - seen[1]).max() < 0.1
+    with pytest.raises(SystemExit, match="does not fit the model"):
+        evaluate.main([*command, "--image-size", "64"])
 
 
 def test_ones_own_picture(trained, tmp_path, monkeypatch):
@@ -1320,7 +1536,7 @@ def start(*command, nproc=1) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def wait_until(condition, process, seconds=120):
+def wait_until(condition, process, seconds=900):
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline or process.poll() is not None:
@@ -1408,7 +1624,7 @@ def test_a_signal_stops_after_the_step_and_resume_goes_on(number, nproc, small, 
     process = start(*command, "--out", tmp_path / "cut", nproc=nproc)
     wait_until(lambda: (tmp_path / "cut" / "log.jsonl").exists() and log_of(tmp_path / "cut"), process)
     os.kill(process.pid, number)  # torchrun hands it on to its processes
-    printed = process.communicate(timeout=60)[0]
+    printed = process.communicate(timeout=900)[0]
     assert process.returncode == (75 if nproc == 1 else 1) and 'train.py", line' not in printed, printed
     launch = "python" if nproc == 1 else "torchrun --nproc_per_node=2"
     step, hint = re.search(rf"stopped after step (\d+) of \d+; go on with: {launch} train.py (.*)", printed).groups()
@@ -1465,6 +1681,9 @@ def test_the_log_is_cut_at_the_checkpoint(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(lines[:2]))  # its last line was cut, even where it can be read
     train.cut_log(tmp_path / "log.jsonl", 2)
     assert (tmp_path / "log.jsonl").read_text() == lines[0] + "\n"
+    (tmp_path / "log.jsonl").write_bytes(lines[0].encode() + b"\n" + bytes(80) + b"\n" + bytes(9))  # a power cut
+    train.cut_log(tmp_path / "log.jsonl", 2)
+    assert (tmp_path / "log.jsonl").read_text() == lines[0] + "\n"
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(small, tmp_path):
@@ -1480,7 +1699,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small, tmp_path):
 
 def samples_of_step(small, batch_size, step, split=slice(None)) -> list:
     dataset = data.RefDataset("shapes", "train", small)
-    order = list(data.TrainingBatches(len(dataset.objects), batch_size, 0, step, 0))[step - 1][split]
+    order = list(train.TrainingBatches(len(dataset.objects), batch_size, 0, step, 0))[step - 1][split]
     return [dataset.objects[number] for _, number in order]
 
 
@@ -1582,7 +1801,7 @@ def test_the_script_of_the_readme_outlives_a_kill(small, tmp_path):
 
     (tmp_path / "file").touch()
     missing = begin(tmp_path / "file")  # where no data can be
-    printed = missing.communicate(timeout=60)[0]
+    printed = missing.communicate(timeout=900)[0]
     assert missing.returncode == 1 and printed.count("error:") == 1 and not (tmp_path / "runs" / "refcoco").exists(), (
         printed
     )
@@ -1593,10 +1812,10 @@ def test_the_script_of_the_readme_outlives_a_kill(small, tmp_path):
     saved = (out / "last.pt").stat().st_mtime_ns
     wait_until(lambda: (out / "last.pt").stat().st_mtime_ns > saved, process)  # it has gone on
     process.terminate()
-    printed = process.communicate(timeout=120)[0]
+    printed = process.communicate(timeout=900)[0]
     assert process.returncode == 75 and "stopped after step" in printed, printed
     process = begin(small)
-    printed = process.communicate(timeout=120)[0]
+    printed = process.communicate(timeout=900)[0]
     assert process.returncode == 0 and (out / "metrics.json").exists(), printed
     assert evaluate.read_checkpoint(out / "last.pt")["step"] == 40
 
@@ -1619,10 +1838,9 @@ def test_a_dead_process_takes_the_others_down(small, tmp_path):
         child for child in children_of(process.pid) if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()
         and b"LOCAL_RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()
     ]  # fmt: skip
-    killed = time.monotonic()
     os.kill(victim, signal.SIGKILL)
-    printed = process.communicate(timeout=90)[0]
-    assert process.returncode != 0 and time.monotonic() - killed < 60, printed
+    printed = process.communicate(timeout=900)[0]
+    assert process.returncode != 0, printed
     assert printed.count("SIGKILL") >= 1 and 'train.py", line' not in printed, printed
 
 
@@ -1698,7 +1916,10 @@ def test_one_two_and_four_processes_train_alike(small, tmp_path):
         ("evaluate.py", ["--image", str(HERE / "README.md"), "--expression", "red"], "can't be read as an image"),
         ("evaluate.py", ["--image", str(HERE / "assets/shapes.png"), "--expression", "  "], "expression is empty"),
         ("evaluate.py", ["--image", "absent.jpg"], "--image and --expression go together"),
-        ("evaluate.py", ["--image", "", "--expression", "red"], "image"),
+        ("evaluate.py", ["--image", "", "--expression", "red"], "there is no image"),
+        ("evaluate.py", ["--image", "a.jpg", "--expression", "red", "--compile"], "--compile does nothing with --image"),
+        ("evaluate.py", ["--image", "a.jpg", "b/a.jpg", "--expression", "red"], "no two of the same name"),
+        ("evaluate.py", ["--image", "runs", "--expression", "red"], "there must be photographs"),
         ("evaluate.py", ["--image-size", "64"], "does not fit the model"),
         ("evaluate.py", ["--benchmark", "--image-size", "62"], "must be a multiple of 4"),
     ],
@@ -1757,7 +1978,7 @@ def test_a_decompression_bomb_is_refused(trained, tmp_path, monkeypatch):
 def test_a_failing_compiler_is_told_and_left(trained, small, monkeypatch, capsys):
     def broken(model):
         def call(*inputs):
-            raise RuntimeError("no C++ compiler\nmore")
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nmore")
 
         return call
 
@@ -1766,6 +1987,83 @@ def test_a_failing_compiler_is_told_and_left(trained, small, monkeypatch, capsys
     monkeypatch.setattr(torch, "compile", broken)
     assert evaluate.main(["--data", str(small), "--compile"]) == plain
     assert "--compile does not work here (no C++ compiler); going on without it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("8 GB"), ValueError("of our own")])
+def test_only_errors_of_the_compiler_are_left(error, monkeypatch):
+    model = small_model("vega")
+
+    def call(*inputs):
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda model: call)
+    with pytest.raises(type(error)):
+        evaluate.compiled(model, model.config, 1, torch.device("cpu"), "fp32")
+
+
+@pytest.mark.slow
+def test_a_missing_cpp_compiler_is_told_and_left(trained, small, tmp_path):
+    cache = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = run(HERE / "evaluate.py", "--data", small, "--compile", cwd=trained, **cache)
+    assert done.returncode == 0 and "--compile does not work here (" in done.stdout, done.stderr
+    assert "shapes          val" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_in_one_process_is_left_in_all(small, tmp_path):
+    """And Swin's constant buffers, some 21 MB in the base model, are not sent at each forward pass."""
+    script = """
+        import os, sys
+        import torch
+        import train
+        def compile(model):
+            def call(*inputs):
+                if train.rank() == 1:
+                    raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
+                assert not inputs[0].isnan().any()
+                compiled.append(len(inputs[0]))
+                return model(*inputs)
+            return call
+        real, compiled, wrapped = torch.compile, [], []
+        torch.compile = compile
+        class DDP(train.DistributedDataParallel):
+            def __init__(self, *args):
+                super().__init__(*args)
+                wrapped.append(self)
+        train.DistributedDataParallel = DDP
+        train.main(sys.argv[1:])
+        assert compiled == ([2] if os.environ["RANK"] == "0" else [])
+        assert not wrapped[0].will_sync_module_buffers() and len(wrapped[0].modules_buffers) > 0
+    """
+    (tmp_path / "one.py").write_text("\n".join(line[8:] for line in script.splitlines()))
+    command = [*RUN, "--data", small, "--max-steps", 3, "--compile"]
+    done = run(tmp_path / "one.py", *command, "--out", tmp_path / "run", nproc=2, PYTHONPATH=HERE)
+    assert done.returncode == 0 and done.stdout.count("--compile does not work here") == 1, done.stderr
+    plain = run(HERE / "train.py", *command[:-1], "--out", tmp_path / "plain", nproc=2)
+    assert plain.returncode == 0 and log_of(tmp_path / "run") == log_of(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_with_two_processes(small, tmp_path):
+    """torchrun --nnodes=2, twice on this machine: as on two, but for the network between them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [HERE / "train.py", *RUN, "--data", small, "--max-steps", 3, "--workers", 0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]  # fmt: skip
+    nodes = [
+        subprocess.Popen(
+            list(map(str, [*torchrun, *command, "--out", tmp_path / "nodes"])), stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) for _ in range(2)
+    ]  # fmt: skip
+    printed = [node.communicate(timeout=900)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert sum(text.count("shapes          testB") for text in printed) == 1  # the one with rank 0
+    whole = run(*command, "--out", tmp_path / "whole", nproc=2)
+    assert whole.returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "nodes")
 
 
 @pytest.mark.slow
@@ -1797,6 +2095,46 @@ def test_benchmark(tmp_path, capsys):
         assert parts["gradients"] == parameters and parts["optimiser"] == 2 * parameters
         assert parts["activations"] > 0
         assert sum(parts.values()) == pytest.approx(2 * parts["peak"])
+
+
+@pytest.fixture
+def pretended_gpus(monkeypatch):
+    """Two GPUs that only note what is asked of them."""
+    noted, zeros = [], torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: noted.append(f"current {device}"))
+    monkeypatch.setattr(torch, "zeros", lambda *a, device=None: (noted.append(f"zeros {device}"), zeros(*a))[1])
+    return noted
+
+
+def test_each_process_touches_its_own_gpu_alone(pretended_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert evaluate.start_processes(None) == torch.device("cuda:1")
+    assert pretended_gpus == ["current cuda:1", "zeros cuda:1"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(data.InputError, match="--device cuda:2 can't be used here .this machine has 2 GPUs"):
+        evaluate.start_processes(None)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert evaluate.pick_device("cuda:1") == torch.device("cuda:1")  # of the benchmark and of photographs
+    assert pretended_gpus[2:] == ["current cuda:1", "zeros cuda:1"]
+
+
+def test_cards_that_emulate_bf16_run_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert evaluate.resolve_precision(None, torch.device("cuda:0")) == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert evaluate.resolve_precision(None, torch.device("cuda:0")) == "bf16"
+
+
+def test_a_lost_connection_is_told_with_its_cause(monkeypatch):
+    @data.command_line
+    def main(argv):
+        raise RuntimeError("NCCL error: unhandled system error\nError while creating shared memory: No space left on device")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(SystemExit, match="another process has stopped(.|\n)*No space left on device"):
+        main([])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

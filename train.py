@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -24,12 +25,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
 
-from data import (
-    DATASETS, InputError, RefDataset, TrainingBatches, command_line, leave_process_group, make_tokenizer, start_loader,
-)  # fmt: skip
+from data import InputError, RefDataset, command_line, make_tokenizer, read_dataset
 from evaluate import (
-    FORMAT, autocast, check_numbers, common_flags, compiled, evaluate, in_any_process, model_inputs, newest_run, rank,
-    read_checkpoint, resolve_precision, restore, start_processes, world,
+    FORMAT, autocast, check_numbers, common_flags, compiled, evaluate, in_any_process, leave_process_group,
+    model_inputs, newest_run, rank, read_checkpoint, resolve_precision, restore, start_loader, start_processes, world,
 )  # fmt: skip
 from evaluate import main as evaluate_main
 from model import BERT_FIELDS, PRETRAINED_BERT, PRETRAINED_SWIN, VEGA, VEGAConfig, load_bert, load_swin
@@ -56,7 +55,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     flag = parser.add_argument
     # fmt: off
-    flag("--dataset", choices=DATASETS, help="default: shapes, generated here")
     flag("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
     flag("--variant", metavar="NAME", choices=VARIANTS, help="an ablation of the paper, listed below (default: vega)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16)")
@@ -84,12 +82,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
     flag("--validate-every", type=int, metavar="STEPS", help="default: every epoch")
     # fmt: on
-    common_flags(parser)
+    common_flags(parser, "shapes, generated here")
     parser.set_defaults(
-        no_pretrained=None, overwrite=None, resume=None, resume_anyway=None, compile=None, gradient_checkpointing=None,
-        data=None,
-    )  # fmt: skip
-    # None: not given
+        no_pretrained=None, overwrite=None, resume=None, resume_anyway=None, compile=None, gradient_checkpointing=None
+    )  # None: not given
     args = parser.parse_args(argv)
     args.resume = args.resume or args.resume_anyway
     counts = ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every")
@@ -112,9 +108,9 @@ def main(argv: list[str] | None = None) -> dict:
     micro_batch = split_batch(args.batch_size, args.micro_batch)
 
     # data and model
-    train_split, val_split, *test_splits = DATASETS[args.dataset].splits
     with rank_0_first():
-        train, val = (RefDataset(args.dataset, split, args.data) for split in (train_split, val_split))
+        train, val = (RefDataset(args.dataset, split, args.data, args.images) for split in ("train", "val"))
+        test_splits = [split for split in read_dataset(args.dataset, args.data, args.images)[0] if split not in ("train", "val")]
         if resumed is None:
             model, tokenizer = build(args, train.expressions)
         else:
@@ -127,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict:
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     if len(train) < args.batch_size:
         raise InputError(
-            f"{args.dataset} {train_split} has {len(train)} objects, fewer than a batch of {args.batch_size}"
+            f"{args.dataset} has {len(train)} objects to train on, fewer than a batch of {args.batch_size}"
         )
     steps_per_epoch = len(train) // args.batch_size
     total = args.max_steps or args.epochs * steps_per_epoch
@@ -225,8 +221,8 @@ def main(argv: list[str] | None = None) -> dict:
                 scores = evaluate(model, val, device, precision, workers=args.workers).compute()
                 improved, best = scores["oIoU"] > best, max(best, scores["oIoU"])
                 if rank() == 0:
-                    write_log(out, {"step": step, "split": val_split, **scores})
-                    bar.write(f"step {step}: {val_split} mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
+                    write_log(out, {"step": step, "split": "val", **scores})
+                    bar.write(f"step {step}: val mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
                     sys.stdout.flush()
                     if improved:
                         save(out / "best.pt", checkpoint(step))
@@ -247,10 +243,11 @@ def main(argv: list[str] | None = None) -> dict:
     # the best checkpoint's scores on every split but the training one, and pictures of them
     if world() > 1:
         dist.barrier()  # until rank 0 has written it
+    images = ["--images", args.images] if args.images else []
     scores = evaluate_main([
-        "--checkpoint", str(out / "best.pt"), "--split", val_split, *test_splits, "--json", str(out / "metrics.json"),
+        "--checkpoint", str(out / "best.pt"), "--split", "val", *test_splits, "--json", str(out / "metrics.json"),
         "--pictures", "8", "--data", args.data, "--device", str(device), "--precision", precision,
-        "--workers", str(args.workers),
+        "--workers", str(args.workers), *images,
     ])  # fmt: skip
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -267,7 +264,7 @@ def open_run(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, dict |
         checkpoint = read_checkpoint(out / "last.pt")
         return resumed_settings(args, checkpoint["args"]), out, checkpoint
     args = new_settings(args)
-    name = [Path(args.out or f"runs/{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")]
+    name = [Path(args.out or f"runs/{Path(args.dataset).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}")]
     if world() > 1:
         dist.broadcast_object_list(name)  # the clock of rank 0 names the run
     (out,) = name
@@ -297,7 +294,7 @@ def resumed_settings(args: argparse.Namespace, saved: dict) -> argparse.Namespac
     given = {name: value for name, value in vars(args).items() if value is not None}
     if args.epochs:
         given.setdefault("max_steps", None)  # which would else decide
-    machine = ("device", "data", "workers", "out", "resume", "resume_anyway", "overwrite")
+    machine = ("device", "data", "images", "workers", "out", "resume", "resume_anyway", "overwrite")
     others = [name for name in given if name not in machine and given[name] != saved.get(name)]
     fixed = set(others) & set(START_FLAGS)
     if fixed or others and not args.resume_anyway:
@@ -323,8 +320,31 @@ def split(batch: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Ten
     return [dict(zip(batch, values)) for values in zip(*(value.split(size) for value in batch.values()))]
 
 
-# The model and its optimiser
+# The batches, the model and its optimiser
 
+
+class TrainingBatches:
+    """Batch sampler: this rank's slice of the global batch of every step from `start` to `stop`, as (epoch, object).
+
+    The order of each epoch is drawn from (seed, epoch); an incomplete last batch is left for the next shuffle.
+    """
+
+    def __init__(self, objects: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world: int = 1):
+        self.objects, self.batch_size, self.start, self.stop, self.seed = objects, batch_size, start, stop, seed
+        self.rank, self.local = rank, batch_size // world
+        self.steps_per_epoch = objects // batch_size
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self):
+        order, order_epoch = None, None
+        for step in range(self.start, self.stop):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.objects), epoch
+            first = batch * self.batch_size + self.rank * self.local
+            yield [(epoch, int(number)) for number in order[first : first + self.local]]
 
 @contextlib.contextmanager
 def rank_0_first():
@@ -340,7 +360,12 @@ def build(args: argparse.Namespace, words: list[str]) -> tuple[VEGA, BertTokeniz
     """The model at its starting weights, and its tokenizer: pretrained BERT's, or one made of the training words."""
     overrides = {name: getattr(args, name) for name in MODEL_FLAGS}
     if args.init:
-        return restore(read_checkpoint(args.init), torch.device("cpu"), **overrides)
+        torch.manual_seed(args.seed)
+        checkpoint = read_checkpoint(args.init)
+        added = add_words(checkpoint, words)
+        if added and rank() == 0:
+            print(f"{added} words of the training expressions are new to {args.init}: they start at random")
+        return restore(checkpoint, torch.device("cpu"), **overrides)
     loaded = []
     try:
         if args.bert:
@@ -364,6 +389,23 @@ def build(args: argparse.Namespace, words: list[str]) -> tuple[VEGA, BertTokeniz
     if loaded and rank() == 0:
         print(*loaded, sep="\n", flush=True)
     return model, tokenizer
+
+
+def add_words(checkpoint: dict, expressions: list[str]) -> int:
+    """Give a checkpoint's vocabulary the words that it lacks, with fresh embeddings; returns how many there are.
+
+    BERT's own vocabulary stays: it spells any word with its pieces, whose names start with ##.
+    """
+    vocab, table = checkpoint["tokenizer"]["vocab"], "bert.embeddings.word_embeddings.weight"
+    if any(word.startswith("##") for word in vocab):
+        return 0
+    new = sorted(make_tokenizer(expressions).get_vocab().keys() - vocab.keys())
+    vocab.update(zip(new, range(len(vocab), len(vocab) + len(new))))
+    checkpoint["config"]["bert"]["vocab_size"] = len(vocab)
+    weights = checkpoint["model"][table]
+    fresh = 0.02 * torch.randn(len(new), weights.shape[1])  # as BERT starts
+    checkpoint["model"][table] = torch.cat([weights, fresh])
+    return len(new)
 
 
 def make_optimizer(model: VEGA, lr: float, weight_decay: float) -> torch.optim.AdamW:
