@@ -10,6 +10,7 @@ FOLDER/{instances.json, refs.json or refs*.p, images/}     any other dataset: --
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import itertools
@@ -215,14 +216,21 @@ def decode_counts(text: bytes) -> list[int]:
     return counts
 
 
-def open_image(path: str | Path, upright: bool = True) -> Image.Image:
-    """An image file as RGB; see `to_rgb`. Raises InputError if it can't be read."""
+@contextlib.contextmanager
+def readable(path: str | Path):
+    """Turns what is wrong with an image file into an InputError."""
     try:
-        return to_rgb(Image.open(path), upright)
+        yield
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"there is no image {path}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} can't be read as an image ({error})") from None
+
+
+def open_image(path: str | Path, upright: bool = True) -> Image.Image:
+    """An image file as RGB; see `to_rgb`. Raises InputError if it can't be read."""
+    with readable(path):
+        return to_rgb(Image.open(path), upright)
 
 
 def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
@@ -361,7 +369,8 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
                 file = folder / image["file_name"]
                 if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
                     raise ValueError(f"an image name that leads out of its folder, {image['file_name']}")
-                width, height = (image["width"], image["height"]) if "height" in image else Image.open(file).size
+                with readable(file):
+                    width, height = (image["width"], image["height"]) if "height" in image else Image.open(file).size
                 sizes[image_id] = int(height), int(width)
             sentences = [{"raw": one} if isinstance(one, str) else one for one in ref["sentences"]]
             if not sentences or isinstance(ref["sentences"], str) or not isinstance(sentences[0], dict):
@@ -371,9 +380,9 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
                 [one.get("sent_id", sentence_count + i) for i, one in enumerate(sentences)],
                 [one["raw"].strip() for one in sentences],  # a blank one counts, as for peers
             )  # fmt: skip
-        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"ref {ref_id} of {name} or its annotation is not in order: {error!r}") from None
         objects.setdefault(str(ref["split"]), []).append(item)
         sentence_count += len(sentences)

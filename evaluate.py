@@ -534,7 +534,7 @@ def common_flags(parser: argparse.ArgumentParser, default: str) -> None:
     flag("--data", metavar="DIR", help="where the known datasets are (default: data)")
     flag("--images", metavar="DIR", help="where the dataset's images are, if not where the README says")
     flag("--image-size", type=int, metavar="PIXELS", help="side of the model's input")
-    flag("--workers", type=int, help="processes that load images (default: 0 for shapes, else 4)")
+    flag("--workers", type=int, help="processes that load images (default: 4 for base, 0 for tiny)")
     flag("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     flag("--precision", choices=("fp32", "bf16"), help="default: bf16 on cards that have it, else fp32")
     flag("--compile", action="store_true", help="compile the model with torch.compile")
@@ -649,7 +649,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if not args.dataset:
         images = images or checkpoint["args"].get("images")
     precision = resolve_precision(args.precision or checkpoint["precision"], device)
-    workers = args.workers if args.workers is not None else (0 if name == "shapes" else 4)
+    workers = checkpoint["args"]["workers"] if args.workers is None else args.workers
     scores, lines = {}, []
     batch_size, forward = args.batch_size or BATCH_SIZE, None
     if args.compile:

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -1011,6 +1012,154 @@ def test_broken_data_is_told_in_one_line(break_it, message, workers, tmp_path, c
     assert message in stopped.value.code and "Traceback" not in stopped.value.code
     assert len(stopped.value.code.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+# One's own data
+
+
+def write_own(folder: Path, refs: list, images=("desk.jpg", "shelf.jpg"), entries=None) -> Path:
+    """A folder with photographs of one size, instances.json and refs.json."""
+    for image in images:
+        (folder / "images" / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").resize((120, 100)).save(folder / "images" / image)
+    instances = {"images": entries or [{"file_name": image} for image in images]}
+    (folder / "instances.json").write_text(json.dumps(instances))
+    (folder / "refs.json").write_text(json.dumps(refs))
+    return folder
+
+
+def go_the_whole_way(folder: Path, tmp_path, monkeypatch, *flags, image="images/desk.jpg") -> dict:
+    """Check, train, evaluate and segment through the command line, in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    data.main(["--check", str(folder)])
+    assert Image.open(next(Path("runs").glob("check-*.png"))).width > 700
+    scores = train.main(["--dataset", str(folder), *MINIATURE[:4], "--batch-size", "1", "--max-steps", "2", *flags])
+    assert evaluate.main(["--split", *scores]) == scores
+    evaluate.main(["--image", str(Path(folder).parent / image if Path(folder).is_file() else folder / image), "--expression", "red mug"])
+    assert list(Path("runs").glob("*/*-red-mug-mask.png"))
+    return scores
+
+
+def test_the_readmes_own_data_runs_as_it_is_printed(tmp_path, monkeypatch):
+    section = (HERE / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
+    assert len(section.splitlines()) <= 50  # one screen
+    instances, refs = re.findall(r"```json\n(.*?)```", section, re.DOTALL)
+    folder = write_own(tmp_path / "mugs", json.loads(refs))
+    (folder / "instances.json").write_text(instances)
+    (commands,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for line in commands.splitlines():
+        _, script, *arguments = shlex.split(line, comments=True)
+        {"data.py": data, "train.py": train, "evaluate.py": evaluate}[script].main(arguments)
+    (out,) = Path("runs").glob("mugs-*")
+    assert {"best.pt", "pictures-val.png", "shelf-1-blue-mug-mask.png", "shelf-sheet.png"} <= {p.name for p in out.iterdir()}
+    assert Image.open(out / "shelf-2-the-mug-on-the-left-mask.png").size == (120, 100)
+    objects, _ = data.read_dataset("mugs", "data")
+    (item,) = objects["val"]
+    assert (item.height, item.width, item.ref_id, item.sent_ids) == (100, 120, 1, [2, 3])
+
+
+def test_rrsis_d_in_miniature(tmp_path, monkeypatch):
+    """Its layout: a pickle, images two folders down, each segmentation a list with one RLE; three splits."""
+    coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed; pip install pycocotools")
+    folder = write_own(tmp_path / "rrsisd", [], [f"rrsisd/JPEGImages/{i:05d}.jpg" for i in range(3)])
+    mask = np.zeros((100, 120), dtype=np.uint8, order="F")
+    mask[10:40, 20:70] = 1
+    rle = {key: value.decode() if key == "counts" else value for key, value in coco.encode(mask).items()}
+    images = [{"id": i, "file_name": f"{i:05d}.jpg", "height": 100, "width": 120} for i in range(3)]
+    annotations = [{"id": 10 + i, "image_id": i, "segmentation": [rle], "bbox": [20, 10, 50, 30]} for i in range(3)]
+    (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (folder / "refs.json").unlink()
+    refs = [
+        {b"ref_id": i, b"ann_id": 10 + i, b"image_id": i, b"category_id": 1, b"split": split, b"sent_ids": [i],
+         b"file_name": b"x", b"sentences": [{b"sent_id": i, b"sent": b"a ship", b"raw": b"a ship", b"tokens": [b"a"]}]}
+        for i, split in enumerate((b"train", b"val", b"test"))
+    ]  # fmt: skip
+    (folder / "refs(unc).p").write_bytes(python_2_pickle(refs, 2))
+    scores = go_the_whole_way(folder, tmp_path, monkeypatch, image="images/rrsisd/JPEGImages/00001.jpg")
+    assert set(scores) == {"val", "test"}
+    assert np.array_equal(data.RefDataset(str(folder), "test").mask(0), mask)
+
+
+def test_refcoco_m_in_miniature(tmp_path, monkeypatch):
+    """Its kind of mask: one RLE a target. A second refs file beside it; the images are elsewhere."""
+    rle = {"size": [100, 120], "counts": [500, 700, 10_800]}
+    refs = [{"ann_id": i, "image_id": i, "split": split, "sentences": ["red mug"]} for i, split in enumerate(["train", "val"])]  # fmt: skip
+    images = [{"id": i, "file_name": f"{name}.jpg", "height": 100, "width": 120} for i, name in enumerate(["desk", "shelf"])]  # fmt: skip
+    annotations = [{"id": i, "image_id": i, "segmentation": rle} for i in range(2)]
+    folder = write_own(tmp_path / "m", refs)
+    (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (folder / "refs(other).p").write_bytes(pickle.dumps(refs, 2))
+    with pytest.raises(data.InputError, match=r"several refs files; name one of them: .*refs\(other\).p, .*refs.json"):
+        data.RefDataset(str(folder), "val")
+    assert go_the_whole_way(folder / "refs.json", tmp_path, monkeypatch)["val"]["samples"] == 1
+    (folder / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(data.InputError, match="no image folder .*images: say where .* --images DIR"):
+        data.RefDataset(str(folder / "refs(other).p"), "val")
+    dataset = data.RefDataset(str(folder / "refs(other).p"), "val", images=str(tmp_path / "elsewhere"))
+    assert dataset.image(0).size == (120, 100) and dataset.mask(0).sum() == 700
+
+
+def test_shapes_are_a_folder_like_any_other(small, tmp_path):
+    logs = []
+    for name, flags in (("known", []), ("folder", ["--dataset", str(small / "shapes"), "--model", "tiny"])):
+        train.main(["--data", str(small), *RUN, "--max-steps", "4", "--out", str(tmp_path / name), *flags])
+        logs.append(log_of(tmp_path / name))
+    assert logs[0] == logs[1]
+
+
+OWN = {"image_id": "desk.jpg", "split": "train", "sentences": ["red mug"], "segmentation": [[20, 30, 60, 30, 60, 80]]}
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda f: (f / "instances.json").unlink(), "instances.json is missing"),
+        (lambda f: (f / "refs.json").unlink(), "refs.json is missing"),
+        (lambda f: (f / "refs(a).p").write_bytes(b""), "holds several refs files; name one of them: "),
+        (lambda f: write_own(f, {"refs": [OWN]}), "is not a list of refs"),
+        (lambda f: write_own(f, [OWN, {**OWN, "split": "training"}]), "has no split 'val'; it has train, training"),
+        (lambda f: write_own(f, [{**OWN, "split": "training"}]), "has no split 'train'; it has training"),
+        (lambda f: write_own(f, [{**OWN, "sentences": [5]}]), "a list of one or more texts"),
+        (lambda f: write_own(f, [{**OWN, "sentences": []}]), "a list of one or more texts"),
+        (lambda f: write_own(f, [{**OWN, "sentences": "red mug"}]), "a list of one or more texts"),
+        (lambda f: write_own(f, [{**OWN, "image_id": "sofa.jpg"}]), "names image sofa.jpg"),
+        (lambda f: write_own(f, [{**OWN, "segmentation": {"size": [200, 240], "counts": [48000]}}, {**OWN, "split": "val"}]), "does not fill an image of 100 x 120"),
+        (lambda f: write_own(f, [{k: v for k, v in OWN.items() if k != "segmentation"}]), "not in order: KeyError('ann_id')"),
+        (lambda f: write_own(f, [{**OWN, "image_id": "../x.jpg"}], images=["desk.jpg", "../x.jpg"]), "leads out of its folder"),
+        (lambda f: write_own(f, [{**OWN, "image_id": "/x.jpg"}], entries=[{"file_name": "/x.jpg"}]), "leads out of its folder"),
+        (lambda f: ((f / "images" / "desk.jpg").unlink(), (f / "images" / "desk.jpg").symlink_to(HERE / "assets" / "shapes.png")), "leads out of its folder"),
+        (lambda f: (f / "images" / "desk.jpg").write_text("<html>"), "desk.jpg can't be read as an image"),
+    ],
+)  # fmt: skip
+def test_a_wrong_folder_is_told_in_one_line(break_it, message, tmp_path, monkeypatch):
+    folder = write_own(tmp_path / "mugs", [OWN])
+    break_it(folder)
+    monkeypatch.chdir(tmp_path)
+    data.read_dataset.cache_clear()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--dataset", "mugs", *MINIATURE[:4], "--batch-size", "1", "--workers", "0", "--max-steps", "1"])
+    assert message in stopped.value.code and len(stopped.value.code.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_of_words_learns_new_ones_and_one_of_berts_keeps_its_own(trained, tmp_path, monkeypatch, capsys):
+    (best,) = (trained / "runs").glob("*/best.pt")
+    write_own(tmp_path / "mugs", [OWN, {**OWN, "split": "val"}])
+    monkeypatch.chdir(tmp_path)
+    command = ["--dataset", "mugs", "--model", "tiny", "--batch-size", "1", "--max-steps", "1", "--lr", "0"]
+    train.main([*command, "--init", str(best), "--out", "a"])
+    assert f"1 words of the training expressions are new to {best}" in capsys.readouterr().out
+    before, after = evaluate.read_checkpoint(best), evaluate.read_checkpoint("a/last.pt")
+    known, table = before["tokenizer"]["vocab"], "bert.embeddings.word_embeddings.weight"
+    assert after["tokenizer"]["vocab"] == {**known, "mug": len(known)}
+    assert torch.equal(after["model"].pop(table)[:-1], before["model"].pop(table))
+    assert all(torch.equal(value, after["model"][name]) for name, value in before["model"].items())
+    pieces = evaluate.read_checkpoint(best)
+    pieces["tokenizer"]["vocab"] = {f"##{word}" if word == "star" else word: i for word, i in known.items()}
+    torch.save(pieces, "pieces.pt")
+    train.main([*command, "--init", "pieces.pt", "--out", "b"])
+    assert evaluate.read_checkpoint("b/last.pt")["tokenizer"]["vocab"] == pieces["tokenizer"]["vocab"]
 
 
 def test_splits_and_image_names(tmp_path):
