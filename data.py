@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import BertTokenizer
 
@@ -389,48 +389,6 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
     return objects, folder
 
 
-class Referred(NamedTuple):
-    """An object that sentences refer to, kept small: loader processes share it until they touch it."""
-
-    ref_id: int
-    image_id: int
-    file_name: str
-    height: int
-    width: int
-    segmentation: bytes  # as JSON
-    sent_ids: list[int]
-    sentences: list[str]
-
-
-@functools.lru_cache(maxsize=1)
-def read_objects(name: str, data: str) -> tuple[dict[str, list[Referred]], Path]:
-    """split -> its objects, those of an image side by side, and the folder of the images."""
-    refs, images, annotations, folder = read_annotations(name, data)
-    objects = {split: [] for split in DATASETS[name].splits}
-    for ref in sorted(refs, key=lambda ref: (ref["image_id"], ref["ref_id"])):
-        image, annotation = images.get(ref["image_id"]), annotations.get(ref["ann_id"])
-        if image is None or annotation is None:
-            raise InputError(
-                f"ref {ref['ref_id']} of {name} names image {ref['image_id']} and annotation {ref['ann_id']}, but "
-                f"instances.json lacks one of them: the two files don't belong together"
-            )
-        try:
-            sentences = [sentence["raw"].strip() for sentence in ref["sentences"]]  # a blank one counts, as for peers
-            if not sentences:
-                raise ValueError("no sentence names it")
-            if Path(image["file_name"]).name != image["file_name"]:
-                raise ValueError(f"an image name that leads out of its folder, {image['file_name']}")
-            item = Referred(
-                ref["ref_id"], image["id"], image["file_name"], int(image["height"]), int(image["width"]),
-                json.dumps(annotation["segmentation"]).encode(), [s["sent_id"] for s in ref["sentences"]], sentences,
-            )  # fmt: skip
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"ref {ref['ref_id']} of {name} or its annotation is not in order: {error!r}") from None
-        if ref["split"] in objects:
-            objects[ref["split"]].append(item)
-    return objects, folder
-
-
 class RefDataset(torch.utils.data.Dataset):
     """One split of a REFER-format dataset.
 
@@ -490,17 +448,6 @@ class RefDataset(torch.utils.data.Dataset):
             "index": index,
         }
 
-    def batches(self, size: int) -> list[list[int]]:
-        """The numbers of all sentences in lists of at most `size`; those of one image stay together where they fit."""
-        batches = []
-        for _, group in itertools.groupby(range(len(self.sentences)), lambda index: self.object(index).image_id):
-            group = list(group)
-            if batches and len(batches[-1]) + len(group) <= size:
-                batches[-1] += group
-            else:
-                batches += [group[start : start + size] for start in range(0, len(group), size)]
-        return batches
-
     def ids(self, index: int) -> dict:
         """{"ref_id", "sent_id", "image_id", "expression"} of sentence `index`, for logs."""
         (number, expression), item = self.sentences[index], self.object(index)
@@ -555,13 +502,10 @@ GREEN, RED, WHITE = (40, 220, 90), (255, 60, 60), (255, 255, 255)
 
 def overlay(image: Image.Image, mask: np.ndarray | torch.Tensor, color: tuple[int, int, int]) -> Image.Image:
     """The image, dimmed outside the mask (bool [h, w], resized to the image), which is outlined in the colour."""
-    mask = np.asarray(Image.fromarray(np.asarray(mask)).resize(image.size, Image.Resampling.NEAREST))
-    pixels = np.asarray(image, dtype=np.float32)
-    shown = np.where(mask[..., None], pixels, 0.4 * pixels)
-    padded = np.pad(mask, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    shown[mask & ~inner] = color
-    return Image.fromarray(shown.astype(np.uint8))
+    mask = Image.fromarray(np.asarray(mask)).convert("L").resize(image.size, Image.Resampling.NEAREST)
+    shown = Image.composite(image, image.point(lambda value: 0.4 * value), mask)
+    shown.paste(color, mask=ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(3))))
+    return shown
 
 
 def sheet(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]], side: int = 240) -> None:
@@ -587,53 +531,45 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
     Args:
         every_image: decode the image and draw the mask of every object, not of a sample of 200.
     """
-    whole = True
+    wrong = []
 
     def row(what: str, found, expected=None) -> None:
-        nonlocal whole
-        wrong = expected is not None and found != expected
-        whole = whole and not wrong
-        print(f"{what:<52}{found:>9}   " + ("" if expected is None else f"WRONG, not {expected}" if wrong else "ok"))
+        if expected not in (None, found):
+            wrong.append(what)
+        print(f"{what:<46}{found:>16}   {'' if expected is None else 'ok' if found == expected else f'WRONG, not {expected}'}")
 
     splits, folder = read_dataset(name, data, images)  # raises what training would raise
     known = DATASETS[name].sizes if name in DATASETS else {}
     print(f"{name}; images in {folder}")
-    for split in dict.fromkeys([*known, *splits]):
+    for split in dict.fromkeys([*known, "train", "val", *splits]):
         items = splits.get(split, [])
-        for what, count, expected in zip(
-            ("refs", "images"), (len(items), len({item.image_id for item in items})), known.get(split, (None, None))
-        ):
-            row(f"{split}: {what}", count, expected)
-    for split in {"train", "val"} - splits.keys():
-        print(f"note: no ref has the split {split!r}, which training needs")
+        found = f"{len(items)}, {len({item.image_id for item in items})}"
+        row(f"{split}: refs, images", found, "{}, {}".format(*known[split]) if split in known else None)
     row("blank sentences", sum(not text for items in splits.values() for item in items for text in item.sentences))
     missing = {item.file_name for items in splits.values() for item in items}
     missing = sorted(file for file in missing if not (folder / file).is_file())
     row("image files missing", len(missing), 0)
     datasets = [RefDataset(name, split, data, images) for split in splits]
     objects = [(dataset, int(first)) for dataset in datasets for first in dataset.first[:-1]]
-    order = np.random.default_rng(0).permutation(len(objects))
-    objects = [objects[i] for i in order if objects[i][0].object(objects[i][1]).file_name not in missing]
-    objects = objects if every_image else objects[:200]
+    objects = [objects[i] for i in np.random.default_rng(0).permutation(len(objects))]
+    objects = [one for one in objects if one[0].object(one[1]).file_name not in missing][: None if every_image else 200]
     broken, samples = [], []
     for dataset, index in tqdm(objects, desc="decoding", unit="object", disable=None):
         try:
             image, mask = dataset.image(index), dataset.mask(index)
+            if len(samples) < 12:
+                samples.append([(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))])
         except InputError as error:
             broken.append(str(error))
-            continue
-        if len(samples) < 12:
-            samples.append([(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))])
-    row(f"broken, of {len(objects)} images and masks" + ("" if every_image else " (--all: every one)"), len(broken), 0)
-    for what, several in (("missing", missing), ("broken", broken)):
-        for one in several[:5]:
-            print(f"{what}: {one}")
+    row(f"broken, of {len(objects)} images and masks" + " (--all: every one)" * (not every_image), len(broken), 0)
+    for one in [f"missing: {file}" for file in missing[:5]] + [f"broken: {error}" for error in broken[:5]]:
+        print(one)
+    path = Path("runs") / f"check-{Path(name).resolve().name}.png"
     if samples:
-        path = Path("runs") / f"check-{Path(name).resolve().name}.png"
         path.parent.mkdir(exist_ok=True)
         sheet(path, [("", sum(samples[i : i + 3], [])) for i in range(0, len(samples), 3)])
-        print(f"12 samples with their masks: {path}")
-    return whole
+        print(f"{len(samples)} samples with their masks: {path}")
+    return not wrong
 
 
 @command_line

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -281,6 +282,18 @@ def table(name: str, scores: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def fixed_batches(dataset: RefDataset, size: int) -> list[list[int]]:
+    """The numbers of all sentences in lists of at most `size`; those of one image stay together where they fit."""
+    batches = []
+    for _, group in itertools.groupby(range(len(dataset.sentences)), lambda index: dataset.object(index).image_id):
+        group = list(group)
+        if batches and len(batches[-1]) + len(group) <= size:
+            batches[-1] += group
+        else:
+            batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
+
+
 @torch.no_grad()
 def evaluate(
     model: VEGA, dataset: RefDataset, device: torch.device, precision: str = "fp32", batch_size: int = BATCH_SIZE,
@@ -297,7 +310,7 @@ def evaluate(
     """
     model.eval()
     loader = DataLoader(
-        dataset, batch_sampler=dataset.batches(batch_size)[rank() :: world()], num_workers=workers,
+        dataset, batch_sampler=fixed_batches(dataset, batch_size)[rank() :: world()], num_workers=workers,
         pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
         worker_init_fn=leave_process_group,
     )  # fmt: skip
