@@ -349,7 +349,7 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
         raise InputError(f"{instances_file} or {refs_file} is not in REFER's format (at {error!r})") from None
     if images:
         folders = [Path(images)]
-    some = [entry["file_name"] for entry in itertools.islice(entries.values(), 20)]
+    some = [str(entry["file_name"]) for entry in itertools.islice(entries.values(), 20)]
     folder = max(folders, key=lambda folder: sum((folder / file).is_file() for file in some))
     if not folder.is_dir():
         raise InputError(f"there is no image folder {folders[0]}: say where the images of {name} lie with --images DIR")
@@ -361,10 +361,7 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
             image_id, image = ref["image_id"], entries.get(ref["image_id"])
             segmentation = ref.get("segmentation") or annotations.get(ref["ann_id"])
             if image is None or segmentation is None:
-                raise InputError(
-                    f"ref {ref_id} of {name} names image {image_id} and annotation {ref.get('ann_id')}, but "
-                    f"instances.json lacks one of them: the two files don't belong together"
-                )
+                raise ValueError(f"instances.json lacks image {image_id} or annotation {ref.get('ann_id')}")
             if image_id not in sizes:
                 file = folder / image["file_name"]
                 if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
@@ -380,8 +377,6 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
                 [one.get("sent_id", sentence_count + i) for i, one in enumerate(sentences)],
                 [one["raw"].strip() for one in sentences],  # a blank one counts, as for peers
             )  # fmt: skip
-        except InputError:
-            raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"ref {ref_id} of {name} or its annotation is not in order: {error!r}") from None
         objects.setdefault(str(ref["split"]), []).append(item)
@@ -476,23 +471,6 @@ class RefDataset(torch.utils.data.Dataset):
             return rasterize(json.loads(item.segmentation), item.height, item.width)
         except InputError as error:
             raise InputError(f"ref {item.ref_id} of {self.name}: {error}") from None
-
-    def shuffle_expressions(self, seed: int = 0) -> None:
-        """Give each sentence's place to a sentence of another image: a seeded permutation without fixed points.
-
-        The images are put in random order, their sentences side by side, and every sentence moves on by as many
-        places as the longest image has, which leads out of its own image.
-        """
-        images = np.array([self.object(index).image_id for index in range(len(self.sentences))])
-        rng = np.random.default_rng(seed)
-        names, group, sizes = np.unique(images, return_inverse=True, return_counts=True)
-        if 2 * sizes.max() > len(images):
-            raise InputError("shuffled expressions need at least two images, none with more than half of the sentences")
-        order = np.lexsort((rng.random(len(images)), rng.permutation(len(names))[group]))
-        source = np.empty_like(order)
-        source[order] = np.roll(order, sizes.max())
-        self.sentences = [(number, self.sentences[s][1]) for (number, _), s in zip(self.sentences, source)]
-        self.input_ids, self.attention_mask = self.input_ids[source], self.attention_mask[source]
 
 
 # Pictures, and the check before a long run
@@ -610,27 +588,24 @@ SCENES = {  # split -> scenes, and the kinds of the targets of each; every targe
 }
 
 
-def outline(shape: str) -> np.ndarray:
-    """The polygon [P, 2] of a shape around (0, 0), scaled to the area of the unit circle."""
+def star(points: int, inner: float) -> np.ndarray:
+    """The corners [2 * points, 2] of a star around (0, 0), every other one at the inner radius."""
+    angles = np.arange(2 * points) * math.pi / points - math.pi / 2
+    return np.where(np.arange(2 * points) % 2, inner, 1.0)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
 
-    def star(points: int, inner: float) -> np.ndarray:
-        angles = np.arange(2 * points) * math.pi / points - math.pi / 2
-        return np.where(np.arange(2 * points) % 2, inner, 1.0)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
 
-    cross = np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)], dtype=float)
-    points = {
-        "circle": star(24, 1.0),
-        "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=float),
-        "triangle": star(3, 0.5),
-        "star": star(5, 0.45),
-        "cross": np.concatenate([cross, -cross]),
-    }[shape]
-    x, y = points.T
+def unit_area(points: np.ndarray) -> np.ndarray:
+    """A polygon scaled to the area of the unit circle."""
+    x, y = np.asarray(points, dtype=float).T
     area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
     return points * math.sqrt(math.pi / area)
 
 
-SHAPES = {shape: outline(shape) for shape in ("circle", "square", "triangle", "star", "cross")}
+CROSS = np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)], dtype=float)
+SQUARE = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+SHAPES = {"circle": star(24, 1.0), "square": SQUARE, "triangle": star(3, 0.5), "star": star(5, 0.45),
+          "cross": np.concatenate([CROSS, -CROSS])}  # fmt: skip
+SHAPES = {shape: unit_area(points) for shape, points in SHAPES.items()}
 
 
 def sample_scene(rng: np.random.Generator) -> list[dict]:
@@ -721,50 +696,43 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict | None = None) -> 
     (part / "images").mkdir(parents=True)
     print(f"drawing the shapes dataset into {folder}", flush=True)
     images, annotations, refs = [], [], []
-    bar = tqdm(total=sum(number for number, _ in scenes.values()), desc="drawing", unit="scene", disable=None)
-    for split_number, (split, (number, kinds)) in enumerate(scenes.items()):
-        for scene in range(number):
-            rng = np.random.default_rng((seed, split_number, scene))
-            targets = None
-            while targets is None:
-                objects = sample_scene(rng)
-                targets = choose_targets(objects, kinds, rng)
-            image = {"id": len(images), "file_name": f"{len(images):06d}.jpg", "height": CANVAS, "width": CANVAS}
-            images.append(image)
-            draw_scene(objects, rng).save(part / "images" / image["file_name"], quality=92)
-            first = len(annotations)
-            for item in objects:
-                polygon = item["polygon"]
-                (left, top), (right, bottom) = polygon.min(0).tolist(), polygon.max(0).tolist()
-                annotations.append({
-                    "id": len(annotations), "image_id": image["id"], "iscrowd": 0,
-                    "category_id": 1 + list(SHAPES).index(item["attributes"]["shape"]),
-                    "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
-                    "area": int(fill_polygon(polygon, CANVAS, CANVAS).sum()),
-                    "segmentation": [polygon.ravel().tolist()], "attributes": item["attributes"],
-                })  # fmt: skip
-            for position, texts in targets:
-                sentences = [
-                    {"sent_id": len(texts) * len(refs) + i, "sent": text, "raw": text, "tokens": text.split()}
-                    for i, text in enumerate(texts)
-                ]
-                annotation = annotations[first + position]
-                refs.append({
-                    "ref_id": len(refs), "ann_id": annotation["id"], "image_id": image["id"], "split": split,
-                    "category_id": annotation["category_id"], "file_name": image["file_name"],
-                    "sent_ids": [sentence["sent_id"] for sentence in sentences], "sentences": sentences,
-                })  # fmt: skip
-            bar.update()
-    bar.close()
+    todo = [(number, split, scene) for number, split in enumerate(scenes) for scene in range(scenes[split][0])]
+    for split_number, split, scene in tqdm(todo, desc="drawing", unit="scene", disable=None):
+        rng = np.random.default_rng((seed, split_number, scene))
+        targets = None
+        while targets is None:
+            objects = sample_scene(rng)
+            targets = choose_targets(objects, scenes[split][1], rng)
+        image = {"id": len(images), "file_name": f"{len(images):06d}.jpg", "height": CANVAS, "width": CANVAS}
+        images.append(image)
+        draw_scene(objects, rng).save(part / "images" / image["file_name"], quality=92)
+        first = len(annotations)
+        for polygon, attributes in ((item["polygon"], item["attributes"]) for item in objects):
+            (left, top), (right, bottom) = polygon.min(0).tolist(), polygon.max(0).tolist()
+            annotations.append({
+                "id": len(annotations), "image_id": image["id"], "iscrowd": 0,
+                "category_id": 1 + list(SHAPES).index(attributes["shape"]),
+                "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
+                "area": int(fill_polygon(polygon, CANVAS, CANVAS).sum()),
+                "segmentation": [polygon.ravel().tolist()], "attributes": attributes,
+            })  # fmt: skip
+        for position, texts in targets:
+            annotation, sent_ids = annotations[first + position], [2 * len(refs), 2 * len(refs) + 1]
+            sentences = [
+                {"sent_id": sent_id, "sent": text, "raw": text, "tokens": text.split()}
+                for sent_id, text in zip(sent_ids, texts)
+            ]
+            refs.append({
+                "ref_id": len(refs), "ann_id": annotation["id"], "image_id": image["id"], "split": split,
+                "category_id": annotation["category_id"], "file_name": image["file_name"], "sent_ids": sent_ids,
+                "sentences": sentences,
+            })  # fmt: skip
     categories = [{"id": 1 + i, "name": shape} for i, shape in enumerate(SHAPES)]
     instances = {"info": {"seed": seed}, "images": images, "annotations": annotations, "categories": categories}
     (part / "instances.json").write_text(json.dumps(instances))
-    with open(part / "refs(shapes).p", "wb") as file:
-        pickle.dump(json.loads(json.dumps(refs)), file, protocol=2)  # through JSON: equal bytes for equal content
-    if folder.exists():
-        shutil.rmtree(part)
-    else:
-        part.rename(folder)
+    refs = json.loads(json.dumps(refs))  # equal bytes for equal content
+    (part / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
+    shutil.rmtree(part) if folder.exists() else part.rename(folder)
 
 
 def choose_targets(objects: list[dict], kinds: tuple[str, ...], rng: np.random.Generator) -> list | None:

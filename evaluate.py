@@ -294,6 +294,24 @@ def fixed_batches(dataset: RefDataset, size: int) -> list[list[int]]:
     return batches
 
 
+def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
+    """Give each sentence's place to a sentence of another image: a seeded permutation without fixed points.
+
+    The images are put in random order, their sentences side by side, and every sentence moves on by as many
+    places as the longest image has, which leads out of its own image.
+    """
+    images = [dataset.object(index).image_id for index in range(len(dataset.sentences))]
+    rng = np.random.default_rng(seed)
+    names, group, sizes = np.unique(images, return_inverse=True, return_counts=True)
+    if 2 * sizes.max() > len(images):
+        raise InputError("shuffled expressions need at least two images, none with more than half of the sentences")
+    order = np.lexsort((rng.random(len(images)), rng.permutation(len(names))[group]))
+    source = np.empty_like(order)
+    source[order] = np.roll(order, sizes.max())
+    dataset.sentences = [(number, dataset.sentences[s][1]) for (number, _), s in zip(dataset.sentences, source)]
+    dataset.input_ids, dataset.attention_mask = dataset.input_ids[source], dataset.attention_mask[source]
+
+
 @torch.no_grad()
 def evaluate(
     model: VEGA, dataset: RefDataset, device: torch.device, precision: str = "fp32", batch_size: int = BATCH_SIZE,
@@ -672,7 +690,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         dataset = RefDataset(name, split, data, images)
         dataset.use(tokenizer, model.config.max_tokens, model.config.image_size, training=False)
         if args.shuffle_expressions:
-            dataset.shuffle_expressions()
+            shuffle_expressions(dataset)
         metrics = evaluate(
             model, dataset, device, precision, batch_size, workers, args.resolution, forward
         )

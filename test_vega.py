@@ -774,7 +774,7 @@ def test_shuffled_expressions_come_from_another_image(small):
     owners = collections.defaultdict(set)
     for number, expression in before:
         owners[expression].add(image_of(number))
-    dataset.shuffle_expressions()
+    evaluate.shuffle_expressions(dataset)
     assert sorted(e for _, e in dataset.sentences) == sorted(e for _, e in before)
     for (number, expression), ids in zip(dataset.sentences, dataset.input_ids):
         assert owners[expression] != {image_of(number)}
@@ -1123,7 +1123,7 @@ OWN = {"image_id": "desk.jpg", "split": "train", "sentences": ["red mug"], "segm
         (lambda f: write_own(f, [{**OWN, "sentences": [5]}]), "a list of one or more texts"),
         (lambda f: write_own(f, [{**OWN, "sentences": []}]), "a list of one or more texts"),
         (lambda f: write_own(f, [{**OWN, "sentences": "red mug"}]), "a list of one or more texts"),
-        (lambda f: write_own(f, [{**OWN, "image_id": "sofa.jpg"}]), "names image sofa.jpg"),
+        (lambda f: write_own(f, [{**OWN, "image_id": "sofa.jpg"}]), "instances.json lacks image sofa.jpg"),
         (lambda f: write_own(f, [{**OWN, "segmentation": {"size": [200, 240], "counts": [48000]}}, {**OWN, "split": "val"}]), "does not fill an image of 100 x 120"),
         (lambda f: write_own(f, [{k: v for k, v in OWN.items() if k != "segmentation"}]), "not in order: KeyError('ann_id')"),
         (lambda f: write_own(f, [{**OWN, "image_id": "../x.jpg"}], images=["desk.jpg", "../x.jpg"]), "leads out of its folder"),
