@@ -403,7 +403,7 @@ class RefDataset(torch.utils.data.Dataset):
         objects, self.folder = read_dataset(name, str(data), images)
         if split not in objects:
             raise InputError(
-                f"{name} has no split {split!r}; it has {', '.join(objects) or 'none'}. The \"split\" of its refs must "
+                f'{name} has no split {split!r}; it has {", ".join(objects) or "none"}. The "split" of its refs must '
                 f"be 'train' for those to train on, 'val' for those to validate on, and any other name for tests"
             )
         self.objects = objects[split]
@@ -514,7 +514,8 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
     def row(what: str, found, expected=None) -> None:
         if expected not in (None, found):
             wrong.append(what)
-        print(f"{what:<46}{found:>16}   {'' if expected is None else 'ok' if found == expected else f'WRONG, not {expected}'}")
+        verdict = "" if expected is None else "ok" if found == expected else f"WRONG, not {expected}"
+        print(f"{what:<46}{found:>16}   {verdict}")
 
     splits, folder = read_dataset(name, data, images)  # raises what training would raise
     known = DATASETS[name].sizes if name in DATASETS else {}

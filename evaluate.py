@@ -3,41 +3,33 @@
     python evaluate.py --split val testA testB           the newest run, as the paper's Table 5
     python evaluate.py --split val --shuffle-expressions does the model listen to the words?
     python evaluate.py --image photo.jpg --expression "the man on the left" "the dog"
-    python evaluate.py --benchmark --image-size 480      what VEGA costs beside its two encoders alone
 
 Under torchrun the batches are dealt to the ranks, and no sample is counted twice or dropped.
 """
 
 import argparse
-import dataclasses
-import functools
 import gc
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import statistics
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
 
 from data import (
-    DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, normalise, open_image, overlay, sheet, to_input, to_rgb,
-    tokenize,
+    DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, normalise, open_image, overlay, sheet,
+    to_input, to_rgb, tokenize,
 )  # fmt: skip
 from model import VEGA, VEGAConfig, check_fit
-from selection import VISBlock
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 BATCH_SIZE = 16  # of evaluation; fixed, since another batch may round another way
@@ -64,7 +56,7 @@ def pick_device(device: str | None) -> torch.device:
         if picked.type == "cuda":
             picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", picked.index or 0)))
             if picked.index >= torch.cuda.device_count() > 0:
-                raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs; start at most one process on each")
+                raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs; each takes one process at most")
             torch.cuda.set_device(picked)
         torch.zeros(1, device=picked)
         return picked
@@ -98,6 +90,13 @@ def in_any_process(flag: bool) -> bool:
     if world() > 1:
         dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes)
+
+
+def random_inputs(config: VEGAConfig, batch_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """image, input_ids, attention_mask and mask of full length, to try a model on."""
+    image = torch.randn(batch_size, 3, config.image_size, config.image_size, device=device)
+    input_ids = torch.randint(5, config.bert["vocab_size"], (batch_size, config.max_tokens), device=device)
+    return image, input_ids, torch.ones_like(input_ids), image[:, 0] > 1.5
 
 
 def compiled(model: torch.nn.Module, config: VEGAConfig, batch_size: int, device: torch.device, precision: str):
@@ -157,7 +156,7 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         with open(path, "rb") as file:  # so that a disk that can't be read is an OSError
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of zip, of pickle, of torch, whose own text would advise to load it without weights_only
+    except Exception as error:  # of zip, pickle or torch, whose own text would advise to load without weights_only
         if isinstance(error, (OSError, MemoryError)) or "alloc" in str(error):
             raise  # nothing is wrong with the file
         reason = "it is another kind of file, was cut short, or holds more than plain data"
@@ -353,6 +352,7 @@ def evaluate(
 
 # Pictures
 
+
 @torch.no_grad()
 def pictures(
     model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, device: torch.device, folder: Path, name: str,
@@ -402,158 +402,6 @@ def pictures(
     sheet(folder / f"expressions-{name}.png", rows)
 
 
-# The benchmark
-
-
-class Encoders(torch.nn.Module):
-    """VEGA's own Swin and BERT without what VEGA adds: the least that an image and a sentence cost."""
-
-    def __init__(self, model: VEGA):
-        super().__init__()
-        self.bert, self.swin = model.bert, model.vision.swin
-
-    def forward(self, image, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        words = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return words, self.swin.forward_features(image)
-
-
-class LiteralVISBlock(VISBlock):
-    """Algorithm 1 with the weighted sum as the pseudocode has it, over tensors of [B, T, N, D]."""
-
-    def weigh(self, M, S_norm, F_v):
-        F_v = F_v.unsqueeze(1).repeat(1, M.shape[1], 1, 1)  # [B, T, N, D]
-        return (M.unsqueeze(-1) * S_norm.unsqueeze(-1) * F_v).sum(dim=2) / self.K(M.shape[2])
-
-
-def random_inputs(config: VEGAConfig, batch_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """image, input_ids, attention_mask and mask of full length, for timing."""
-    image = torch.randn(batch_size, 3, config.image_size, config.image_size, device=device)
-    input_ids = torch.randint(5, config.bert["vocab_size"], (batch_size, config.max_tokens), device=device)
-    return image, input_ids, torch.ones_like(input_ids), image[:, 0] > 1.5
-
-
-def training_step(model: torch.nn.Module, inputs: tuple, precision: str):
-    """A function that takes one step of AdamW; the gradients stay allocated, as they do under accumulation."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-    *inputs, mask = inputs
-
-    def step():
-        optimizer.zero_grad(set_to_none=False)
-        model.train()
-        with autocast(mask.device, precision):
-            output = model(*inputs)
-        loss = model.loss(output, mask)["loss"] if isinstance(output, dict) else sum(o.float().mean() for o in output)
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def seconds(functions: dict, repeats: int = 5) -> dict[str, float]:
-    """The median time of each function, called in turn after a first call that is not counted."""
-    times = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            times[name] += [time.perf_counter() - start] * (repeat > 0)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def step_memory(config: VEGAConfig, batch_size: int, device: torch.device, precision: str, checkpointing: bool) -> dict:
-    """MB that a training step takes, in a process of its own: weights, gradients, optimiser, activations and peak.
-
-    The activations are the peak less the rest. On the CPU the peak is the process's largest resident size less
-    the size that it had before the model was built.
-    """
-
-    def resident(key: str) -> float:
-        return float(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
-
-    before = resident("VmRSS") if device.type == "cpu" else 0.0
-    model = VEGA(config).to(device)
-    if checkpointing:
-        model.vision.swin.set_grad_checkpointing()
-    step = training_step(model, random_inputs(config, batch_size, device), precision)
-    step(), step()
-    peak = resident("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device) / 1e6
-    weights = sum(p.nbytes for p in [*model.parameters(), *model.buffers()]) / 1e6
-    gradients = sum(p.nbytes for p in model.parameters()) / 1e6
-    return {"weights": weights, "gradients": gradients, "optimiser": 2 * gradients,
-            "activations": peak - weights - 3 * gradients, "peak": peak}  # fmt: skip
-
-
-def benchmark(model: str, image_size: int | None, batch_size: int, device: torch.device, precision: str) -> dict:
-    """Time and memory at random weights of VEGA beside its own two encoders, in one process; returns what it prints."""
-    preset = getattr(VEGAConfig, model)
-    config = preset(**({"image_size": image_size} if image_size else {}))
-    # the VIS block beside the literal pseudocode, with the paper's four images of a card; before all else, since the
-    # literal form is four times as fast in a process whose heap already holds its [B, T, N, D] tensors
-    N = math.ceil(config.image_size / 2 ** (len(config.depths) + 1)) ** 2  # pixels of the last stage
-    T, D = config.max_tokens, config.bert["hidden_size"]
-    F_v, Q_l, mask_l = (x.to(device) for x in (torch.randn(4, N, D), torch.randn(4, T, D), torch.ones(4, T)))
-    arguments = D, config.attention_heads, config.ratio
-    vis, literal = VISBlock(*arguments).to(device).eval(), LiteralVISBlock(*arguments).to(device).eval()
-    with torch.inference_mode():
-        _, _, S, M = vis(F_v, Q_l, mask_l)
-        vis_s = seconds({
-            "VIS block": lambda: vis(F_v, Q_l, mask_l),
-            "VIS block, literally": lambda: literal(F_v, Q_l, mask_l),
-            "weighted sum": lambda: vis.weigh(M, S, F_v),
-            "weighted sum, literally": lambda: literal.weigh(M, S, F_v),
-        }, repeats=50)  # fmt: skip
-
-    memory = {}
-    measurable = device.type == "cuda" or Path("/proc/self/status").exists()
-    if not measurable:
-        print("the memory of a step on a CPU is measured on Linux only")
-    for name in ("without checkpointing", "with checkpointing") if measurable else ():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            arguments = config, batch_size, device, precision, name == "with checkpointing"
-            memory[name] = process.submit(step_memory, *arguments).result()
-
-    vega, words_only = VEGA(config), VEGA(dataclasses.replace(config, variant="enhanced-linguistic"))
-    words_only.bert, words_only.vision = vega.bert, vega.vision  # the same encoders for all three
-    models = {"two encoders alone": Encoders(vega), "VEGA": vega, "VEGA without the visual expression": words_only}
-    inputs = random_inputs(config, batch_size, device)
-
-    def forward(one):
-        with torch.inference_mode(), autocast(device, precision):
-            one(*inputs[:3])
-
-    forwards, steps = {}, {}
-    for name, one in models.items():
-        forwards[name] = functools.partial(forward, one.to(device))
-        steps[name] = training_step(one, inputs, precision)
-    vega.eval(), words_only.eval()
-    forward_s = seconds(forwards)
-    step_s = seconds(steps)
-
-    hardware = f"cpu, {torch.get_num_threads()} threads"
-    result = {
-        "model": model, "image_size": config.image_size, "batch_size": batch_size, "precision": precision,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else hardware,
-        "forward_s": forward_s, "step_s": step_s, "vis_s": vis_s,
-        "memory_MB": memory,
-    }  # fmt: skip
-    print(f"{model} at {config.image_size} x {config.image_size}, batch {batch_size}, {precision}, {result['device']}")
-    print(f"{'':<36}{'forward':>10}{'ratio':>7}{'images/s':>10}{'step':>10}{'ratio':>7}{'images/s':>10}")
-    for name in models:
-        row = f"{name:<36}"
-        for times in (forward_s, step_s):
-            least = times["two encoders alone"]
-            row += f"{1e3 * times[name]:>7.0f} ms{times[name] / least:>7.2f}{batch_size / times[name]:>10.2f}"
-        print(row)
-    for name in ("VIS block", "weighted sum"):
-        ours, theirs = 1e3 * vis_s[name], 1e3 * vis_s[f"{name}, literally"]
-        print(f"{name}, N = {N}, batch 4: {ours:.2f} ms, literally {theirs:.2f} ms, {theirs / ours:.1f} times as long")
-    for name, parts in memory.items():
-        print(f"step {name}, MB: " + ", ".join(f"{part} {value:.0f}" for part, value in parts.items()))
-    return result
-
-
 # The command
 
 
@@ -586,25 +434,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # fmt: off
     flag("--checkpoint", metavar="FILE", help="default: best.pt of the newest run under runs/")
     flag("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
-    flag("--batch-size", type=int, help=f"images per forward pass (default: {BATCH_SIZE}; of --benchmark 1)")
+    flag("--batch-size", type=int, help=f"images per forward pass (default: {BATCH_SIZE})")
     flag("--resolution", choices=("input", "original"), default="input",
          help="compare masks at the model's input size (the paper's protocol) or at the image's own")
-    flag("--json", metavar="FILE",
-         help="also write the scores there, split -> scores in per cent; or where --benchmark writes")
+    flag("--json", metavar="FILE", help="also write the scores there, split -> scores in per cent")
     flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU")
     flag("--pictures", type=int, default=0, metavar="N",
          help="write N samples of each split beside the checkpoint, and what each word selects in one")
     flag("--shuffle-expressions", action="store_true", help="give each sample the expression of another image")
     flag("--image", nargs="+", metavar="FILE", help="segment these photographs, or a folder's, instead of a dataset")
     flag("--expression", nargs="+", metavar="TEXT", help="what to segment in them, one or more")
-    flag("--benchmark", action="store_true", help="time a model at random weights, beside its two encoders alone")
-    flag("--model", choices=("tiny", "base"), default="base", help="of --benchmark (default: base)")
     # fmt: on
     common_flags(parser, "the one that the checkpoint was trained on")
     args = parser.parse_args(argv)
     if (args.image is None) != (args.expression is None):
         parser.error("--image and --expression go together")
-    others = ("split", "dataset", "compile", "pictures", "json", "per_sample", "shuffle_expressions", "benchmark")
+    others = ("split", "dataset", "compile", "pictures", "json", "per_sample", "shuffle_expressions")
     for name in others if args.image is not None else ():
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} does nothing with --image: leave one of them out")
@@ -656,19 +501,6 @@ def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> dict | None:
     args = parse(argv)
-    if args.benchmark:
-        device = pick_device(args.device)
-        precision = resolve_precision(args.precision, device)
-        try:
-            result = benchmark(args.model, args.image_size, args.batch_size or 1, device, precision)
-        except ValueError as error:  # of VEGAConfig
-            raise InputError(str(error)) from None
-        name = f"runs/benchmark-{args.model}-{result['image_size']}-{result['batch_size']}-{precision}.json"
-        path = Path(args.json or name)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=2))
-        print(f"written to {path}")
-        return result
     checkpoint_file = Path(args.checkpoint) if args.checkpoint else newest_run("best.pt")
     if args.image is not None:
         return segment_photographs(checkpoint_file, args)
@@ -691,9 +523,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         dataset.use(tokenizer, model.config.max_tokens, model.config.image_size, training=False)
         if args.shuffle_expressions:
             shuffle_expressions(dataset)
-        metrics = evaluate(
-            model, dataset, device, precision, batch_size, workers, args.resolution, forward
-        )
+        metrics = evaluate(model, dataset, device, precision, batch_size, workers, args.resolution, forward)
         scores[split] = metrics.compute()
         for (index, _, _), iou in zip(metrics.counts, metrics.ious()):
             lines.append(json.dumps({"split": split, **dataset.ids(index), "iou": iou}))

@@ -150,7 +150,7 @@ class VisionEncoder(nn.Module):
         for stage in self.swin.layers:
             for block in stage.blocks:
                 block.__class__ = PadThenShiftBlock
-                block.attn.fused_attn = True  # the same to 1e-5, faster, and no attention map is kept for backward
+                block.attn.fused_attn = True  # timm leaves it off; the same to 1e-5, and a GPU stores no attention maps
         self.dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
         gated = [i < len(self.dims) - 1 for i in range(len(self.dims))]
         self.fusions = nn.ModuleList(map(EarlyFusion, self.dims, [config.bert["hidden_size"]] * len(gated), gated))

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> dict:
     # data and model
     with rank_0_first():
         train, val = (RefDataset(args.dataset, split, args.data, args.images) for split in ("train", "val"))
-        test_splits = [split for split in read_dataset(args.dataset, args.data, args.images)[0] if split not in ("train", "val")]
+        splits, _ = read_dataset(args.dataset, args.data, args.images)
         if resumed is None:
             model, tokenizer = build(args, train.expressions)
         else:
@@ -243,9 +243,10 @@ def main(argv: list[str] | None = None) -> dict:
     # the best checkpoint's scores on every split but the training one, and pictures of them
     if world() > 1:
         dist.barrier()  # until rank 0 has written it
+    tests = [split for split in splits if split not in ("train", "val")]
     images = ["--images", args.images] if args.images else []
     scores = evaluate_main([
-        "--checkpoint", str(out / "best.pt"), "--split", "val", *test_splits, "--json", str(out / "metrics.json"),
+        "--checkpoint", str(out / "best.pt"), "--split", "val", *tests, "--json", str(out / "metrics.json"),
         "--pictures", "8", "--data", args.data, "--device", str(device), "--precision", precision,
         "--workers", str(args.workers), *images,
     ])  # fmt: skip
@@ -345,6 +346,7 @@ class TrainingBatches:
                 order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.objects), epoch
             first = batch * self.batch_size + self.rank * self.local
             yield [(epoch, int(number)) for number in order[first : first + self.local]]
+
 
 @contextlib.contextmanager
 def rank_0_first():
