@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> dict:
             model, tokenizer = build(args, train.expressions)
         else:
             model, tokenizer = restore(resumed, torch.device("cpu"), **{name: vars(args)[name] for name in MODEL_FLAGS})
-    model.to(device)
+    model.to(device).train()
     model.vision.swin.set_grad_checkpointing(bool(args.gradient_checkpointing))
     config = model.config
     for dataset in (train, val):
