@@ -81,6 +81,9 @@ def autocast(device: torch.device, precision: str):
 def resolve_precision(precision: str | None, device: torch.device) -> str:
     """What was asked for, or bf16 on cards that have it (older ones only emulate it) and fp32 elsewhere."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and device.type == "cpu" and rank() == 0:
+        if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+            print("note: without AMX or AVX-512 bf16, as here, a processor is many times slower in bf16 than in fp32")
     return precision or ("bf16" if has_bf16 else "fp32")
 
 
@@ -236,9 +239,10 @@ class Metrics:
 
     def __init__(self):
         self.counts = []  # of each sample: (its number, pixels of the intersection, pixels of the union)
+        self.measures = []  # of each sample: its number, and what `word_measures` says of it
 
-    def update(self, prediction: torch.Tensor, target: torch.Tensor, index=None) -> None:
-        """Count a batch: bool [B, H, W] both, or one sample [H, W]; index: the samples' numbers."""
+    def update(self, prediction: torch.Tensor, target: torch.Tensor, index=None, measures=None) -> None:
+        """Count a batch: bool [B, H, W] both, or one sample [H, W]; index: the samples' numbers; measures: of each."""
         if prediction.shape != target.shape:
             raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
         if prediction.dim() == 2:
@@ -248,20 +252,23 @@ class Metrics:
         intersection = (prediction & target).sum((1, 2)).tolist()
         union = (prediction | target).sum((1, 2)).tolist()
         self.counts += zip(map(int, index), intersection, union)
+        self.measures += zip(map(int, index), measures or ())
 
     def all_reduce(self) -> None:
         """Put the counts of all processes together, in every process."""
         if dist.is_initialized():
             parts = [None] * world()
-            dist.all_gather_object(parts, self.counts)
-            self.counts = sorted(count for part in parts for count in part)
+            dist.all_gather_object(parts, (self.counts, self.measures))
+            counts, measures = zip(*parts)
+            self.counts = sorted(itertools.chain(*counts))
+            self.measures = sorted(itertools.chain(*measures), key=lambda measure: measure[0])
 
     def ious(self) -> list[float]:
         """IoU of each sample; 0 where the union is empty, as in the peers' test scripts."""
         return [intersection / union if union else 0.0 for _, intersection, union in self.counts]
 
     def compute(self) -> dict:
-        """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, and "samples"."""
+        """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, the means of `word_measures`, and "samples"."""
         if not self.counts:
             raise ValueError("no sample has been counted")
         ious = self.ious()
@@ -269,7 +276,29 @@ class Metrics:
         union = sum(union for _, _, union in self.counts)
         scores["mIoU"] = 100 * math.fsum(ious) / len(ious)
         scores["oIoU"] = 100 * sum(intersection for _, intersection, _ in self.counts) / union if union else 0.0
+        for name in self.measures[0][1] if self.measures else ():
+            scores[name] = math.fsum(measure[name] for _, measure in self.measures) / len(self.measures)
         return {**scores, "samples": len(ious)}
+
+
+def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
+    """Do words select for themselves? Of each sentence, from VEGA's output and attention_mask [B, T]:
+
+    "token cosine": the mean cosine between two of its tokens after BERT; at 1 they are one vector, repeated.
+    "pixels shared with CLS": of the pixels that a word selects, the per cent that [CLS] selects too, averaged over
+        the words ([SEP] is none). Left out of a variant whose words do not select.
+    """
+    real = attention_mask.to(output["tokens"].device, torch.float32)  # [B, T]
+    count = real.sum(1)  # [CLS] and [SEP] at least
+    total = (F.normalize(output["tokens"].float(), dim=-1) * real[..., None]).sum(1)  # [B, D]
+    measures = {"token cosine": (total.square().sum(-1) - count) / (count * (count - 1))}
+    M = output["selection"].M
+    if M is not None and M.shape[1] == real.shape[1]:
+        shared = 100 * (M * M[:, :1]).sum(-1) / M.sum(-1).clamp(min=1)  # [B, T]
+        words = real.scatter(1, count.long()[:, None] - 1, 0.0)
+        words[:, 0] = 0
+        measures["pixels shared with CLS"] = (shared * words).sum(1) / words.sum(1).clamp(min=1)
+    return [dict(zip(measures, row)) for row in zip(*(values.tolist() for values in measures.values()))]
 
 
 def table(name: str, scores: dict[str, dict]) -> str:
@@ -339,13 +368,14 @@ def evaluate(
     for batch in bar:
         with autocast(device, precision):
             output = (forward or model)(*model_inputs(batch, device))
+        measures = word_measures(output, batch["attention_mask"])
         if resolution == "input":
-            metrics.update(output["logits"] > 0, batch["mask"].to(device), batch["index"])
+            metrics.update(output["logits"] > 0, batch["mask"].to(device), batch["index"], measures)
             continue
-        for logits, index in zip(output["logits"], batch["index"].tolist()):
+        for logits, index, measure in zip(output["logits"], batch["index"].tolist(), measures):
             mask = torch.from_numpy(dataset.mask(index)).to(device)
             logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
-            metrics.update(logits > 0, mask, [index])
+            metrics.update(logits > 0, mask, [index], [measure])
     metrics.all_reduce()
     return metrics
 

@@ -237,10 +237,11 @@ class VEGA(nn.Module):
 
         Returns a dict:
             "logits": [B, H, W], positive on the target.
+            "tokens": [B, T, D] BERT's, before they look at the image.
             "selection": Selection, see selection.py.
             "similarity": [B, H_4, W_4] the [CLS] row of S as a map, the s of Eq. 5; None in a variant without it.
         """
-        Q_l = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
+        tokens = Q_l = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
         features = self.vision(image, Q_l, attention_mask)
         F_v = None
         if self.enhance is not None:
@@ -250,7 +251,7 @@ class VEGA(nn.Module):
         logits = self.decoder(features, selection.G, selection.mask_G)  # [B, H / 4, W / 4]
         logits = F.interpolate(logits.float()[:, None], image.shape[-2:], mode="bilinear")[:, 0]
         similarity = None if selection.S is None else selection.S[:, 0].unflatten(1, features[-1].shape[1:3])
-        return {"logits": logits, "selection": selection, "similarity": similarity}
+        return {"logits": logits, "tokens": tokens, "selection": selection, "similarity": similarity}
 
     def loss(self, output: dict, mask: Tensor) -> dict:
         """output of `forward`, mask [B, H, W] 1 on the target -> scalars "loss", its terms by name, and "tau"."""

@@ -35,7 +35,7 @@ import evaluate
 import model as model_module
 import train
 from model import VEGA, EarlyFusion, VEGAConfig, VisionEncoder
-from selection import VARIANTS, VISBlock, pixel_contrastive_loss
+from selection import VARIANTS, Selection, VISBlock, pixel_contrastive_loss
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # many threads on few and busy cores wait for each other
@@ -1105,6 +1105,13 @@ def test_refcoco_m_in_miniature(tmp_path, monkeypatch):
     assert dataset.image(0).size == (120, 100) and dataset.mask(0).sum() == 700
 
 
+def test_an_image_lies_as_deep_as_its_name_says(tmp_path):
+    folder = write_own(tmp_path, [{**OWN, "image_id": "a/b/desk.jpg"}, {**OWN, "image_id": "shelf.jpg"}], ["shelf.jpg", "a/b/desk.jpg"])  # fmt: skip
+    dataset = data.RefDataset(str(folder), "train")
+    assert [dataset.object(i).file_name for i in range(2)] == ["shelf.jpg", "a/b/desk.jpg"]  # as instances.json has them
+    assert dataset.image(1).size == (120, 100)
+
+
 def test_shapes_are_a_folder_like_any_other(small, tmp_path):
     logs = []
     for name, flags in (("known", []), ("folder", ["--dataset", str(small / "shapes"), "--model", "tiny"])):
@@ -1220,7 +1227,7 @@ class LeftQuarter(torch.nn.Module):
     def forward(self, image, input_ids, attention_mask):
         logits = -torch.ones(len(image), 4, 4)
         logits[:, :, 0] = 1
-        return {"logits": logits}
+        return {"logits": logits, "tokens": input_ids[..., None].float(), "selection": Selection(None, None, None, None)}
 
 
 def test_the_two_resolutions_differ_by_a_known_amount(tmp_path):
@@ -1512,6 +1519,42 @@ def test_metrics_worked_by_hand():
     expected = {"P@0.5": 60, "P@0.6": 40, "P@0.7": 40, "P@0.8": 40, "P@0.9": 20}
     expected |= {"mIoU": 100 * (1 + 0.8 + 0.5) / 5, "oIoU": 100 * 19 / 26, "samples": 5}
     assert scores == pytest.approx(expected)
+
+
+def test_word_measures_worked_by_hand():
+    """Two sentences, [CLS] a b [SEP] and [CLS] c [SEP] and padding; four pixels, of which each token selects two."""
+    x, y = [1.0, 0.0], [0.0, 2.0]
+    tokens = torch.tensor([[x, y, x, y], [x, x, [3.0, 0.0], [-9.0, 5.0]]])  # cosines 0 1 0 0 1 0; 1 1 1
+    M = torch.tensor([[[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0]], [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]])  # fmt: skip
+    output = {"tokens": tokens, "selection": Selection(None, None, None, M.float())}
+    attention_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    first, second = evaluate.word_measures(output, attention_mask)
+    assert first == pytest.approx({"token cosine": 2 / 6, "pixels shared with CLS": (50 + 0) / 2})
+    assert second == pytest.approx({"token cosine": 1, "pixels shared with CLS": 100})
+    metrics = evaluate.Metrics()
+    metrics.update(torch.ones(2, 1, 1) > 0, torch.ones(2, 1, 1) > 0, [0, 1], [first, second])
+    assert metrics.compute()["pixels shared with CLS"] == pytest.approx(62.5)
+
+
+def test_training_tells_how_long_it_takes(small, tmp_path, monkeypatch, capsys):
+    """A clock that gives each step 16 seconds: lines after 2, 4, 6, .. of 40 steps, with the minutes that are left."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 4.0 * next(clock))
+    train.main([*RUN, "--data", str(small), "--max-steps", "40", "--validate-every", "40", "--out", str(tmp_path / "run")])
+    lines = re.findall(r"step (\d+) of 40: loss \d\.\d+, (\d+) minutes left", capsys.readouterr().out)
+    assert len(lines) > 10 and int(lines[0][0]) <= 3
+    for step, left in lines:
+        assert abs(int(left) - (40 - int(step)) * 16 / 60) <= 3
+
+
+def test_slow_bf16_is_told(monkeypatch, capsys):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert evaluate.resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    assert "many times slower in bf16" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    evaluate.resolve_precision("bf16", torch.device("cpu")), evaluate.resolve_precision("fp32", torch.device("cpu"))
+    assert not capsys.readouterr().out
 
 
 @pytest.fixture(scope="session")

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> dict:
     bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
     recent = []  # samples and losses since they were last found finite
     images, seconds, waited = 0, 0.0, 0.0  # trained on since the last line of the log; and waiting for the loader
-    asked = time.perf_counter()
+    began = said = asked = time.perf_counter()
     with noted_signals() as received:
         for step, batch in enumerate(start_loader(loader), done + 1):
             waited += time.perf_counter() - asked
@@ -195,6 +195,10 @@ def main(argv: list[str] | None = None) -> dict:
                     sums[name] = sums.get(name, 0.0) + value.detach() / len(parts)
             optimizer.step()
             bar.update()
+            now = time.perf_counter()
+            if bar.disable and rank() == 0 and now - said >= min(600, max(20, (now - began) / 10)):  # not a terminal
+                said, left = now, (total - step) * (now - began) / (step - done) / 60
+                print(f"step {step} of {total}: loss {losses['loss'].item():.3f}, {left:.0f} minutes left", flush=True)
 
             stopping = in_any_process(bool(received))
             logging = step % args.log_every == 0 or step == total
@@ -213,9 +217,6 @@ def main(argv: list[str] | None = None) -> dict:
                     write_log(out, {"step": step, "epoch": step / steps_per_epoch, **means, "lr": lr,
                                     "images_per_s": images / seconds, "waited": waited / seconds})  # fmt: skip
                     bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.1e}", images=f"{images / seconds:.0f}/s")
-                    if bar.disable and step % (10 * args.log_every) == 0:  # not a terminal: a line now and then
-                        said = f"step {step} of {total}: loss {means['loss']:.3f}, {images / seconds:.0f} images/s"
-                        print(said, flush=True)
                 sums, logged_step, images, seconds, waited = {}, step, 0, 0.0, 0.0
             if validating:
                 scores = evaluate(model, val, device, precision, workers=args.workers).compute()
