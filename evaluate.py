@@ -385,14 +385,16 @@ def evaluate(
 
 @torch.no_grad()
 def pictures(
-    model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, device: torch.device, folder: Path, name: str,
-    samples: int = 8,
+    model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, metrics: Metrics, device: torch.device, folder: Path,
+    name: str, samples: int = 8,
 ) -> None:  # fmt: skip
-    """Write three sheets; the samples are taken at even distances and not by hand.
+    """Write three sheets; no sample is chosen by hand.
 
-    pictures-NAME.png     samples: image, ground truth, prediction, the pixels that [CLS] selected
-    words-NAME.png        one sample, and the pixels that each of its words selected (the paper's Figure 3)
-    expressions-NAME.png  the same image under each of its expressions (Figures 7 and 9)
+    pictures-NAME.png     samples at even distances: image, ground truth, prediction, how similar each pixel is to [CLS]
+                          (bright: most), the pixels that [CLS] selected
+    words-NAME.png        the pixels that each token selected (the paper's Figure 3), in the sample whose words' pixels
+                          are least [CLS]'s, by `metrics` of the whole split
+    expressions-NAME.png  the image in the middle under each of its expressions (Figures 7 and 9)
     """
     model.eval()
 
@@ -414,6 +416,10 @@ def pictures(
             M = output["selection"].M[0].bool().cpu().unflatten(1, output["similarity"].shape[1:])
             names = tokenizer.convert_ids_to_tokens(item["input_ids"][item["attention_mask"] == 1])
             words = [(f"selected by {word}", overlay(image, m, WHITE)) for word, m in zip(names, M)]
+            heat = output["similarity"][0].cpu()
+            heat = 255 * (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
+            heat = Image.fromarray(heat.byte().numpy()).resize(image.size, Image.Resampling.BILINEAR)
+            tiles.append(("similarity to [CLS]", heat))
         return f"{dataset.sentences[index][1]}   (IoU {100 * metrics.ious()[0]:.0f})", tiles, words
 
     rows = []
@@ -422,8 +428,10 @@ def pictures(
         rows.append((title, tiles + words[:1]))
     sheet(folder / f"pictures-{name}.png", rows)
 
-    middle = len(dataset) // 2
-    title, tiles, words = look(middle)
+    middle, shared = len(dataset) // 2, "pixels shared with CLS"
+    least, measures = min(metrics.measures, key=lambda measure: measure[1].get(shared, 0))
+    title, tiles, words = look(least)
+    title += f"   {measures[shared]:.0f} % of a word's pixels are [CLS]'s too" if shared in measures else ""
     tiles += words
     sheet(folder / f"words-{name}.png", [(title * (i == 0), tiles[i : i + 5]) for i in range(0, len(tiles), 5)])
 
@@ -558,8 +566,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         for (index, _, _), iou in zip(metrics.counts, metrics.ious()):
             lines.append(json.dumps({"split": split, **dataset.ids(index), "iou": iou}))
         if args.pictures and rank() == 0:
-            shuffled = "-shuffled" if args.shuffle_expressions else ""
-            pictures(model, tokenizer, dataset, device, checkpoint_file.parent, split + shuffled, args.pictures)
+            label = split + "-shuffled" * args.shuffle_expressions
+            pictures(model, tokenizer, dataset, metrics, device, checkpoint_file.parent, label, args.pictures)
     if rank() == 0:
         print(
             f"{checkpoint_file}, step {checkpoint['step']}"
