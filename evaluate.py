@@ -550,7 +550,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if not args.dataset:
         images = images or checkpoint["args"].get("images")
     precision = resolve_precision(args.precision or checkpoint["precision"], device)
-    workers = checkpoint["args"]["workers"] if args.workers is None else args.workers
+    workers = checkpoint["args"].get("workers", 0) if args.workers is None else args.workers
     scores, lines = {}, []
     batch_size, forward = args.batch_size or BATCH_SIZE, None
     if args.compile:
