@@ -10,6 +10,7 @@ FOLDER/{instances.json, refs.json or refs*.p, images/}     any other dataset: --
 """
 
 import argparse
+import codecs
 import contextlib
 import functools
 import io
@@ -20,6 +21,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +82,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB
 # Reading: pickles, masks, images
 
 
+codecs.register_error("as latin-1", lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end))
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings, lists and dicts; a pickle that names any class or function is refused unrun."""
 
@@ -92,20 +97,13 @@ def read_refs(path: Path) -> list[dict]:
     content = path.read_bytes()
     left = len(content)  # a file that repeats its lists by reference could hold more values than memory does
 
-    @functools.cache
-    def decode(value: bytes) -> str:
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value.decode("latin-1")
-
     def text(value):
         nonlocal left
         left -= 1
         if left < 0:
             raise ValueError("more values than bytes")
         if isinstance(value, bytes):
-            return decode(value)
+            return sys.intern(value.decode("utf-8", "as latin-1"))
         if isinstance(value, (list, tuple)):
             return [text(item) for item in value]
         return {text(k): text(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -144,6 +142,8 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
             if isinstance(part, dict):
                 mask |= decode_rle(part, height, width)
                 continue
+            if not isinstance(part, list):
+                raise ValueError("a segmentation must be a list of polygons [x0, y0, x1, y1, ..], or of RLEs")
             points = np.asarray(part, dtype=np.float64).reshape(-1, 2)
             steps = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
             reach = np.maximum(steps, np.abs(points).max(initial=0))
@@ -206,6 +206,8 @@ def decode_counts(text: bytes) -> list[int]:
         bits = character - 48
         value |= (bits & 0x1F) << shift
         shift += 5
+        if shift > 60:
+            raise ValueError("a compressed RLE string holds a number that is too large")
         if not bits & 0x20:  # the last character of this number; its sign is bit 0x10
             if bits & 0x10:
                 value -= 1 << shift
@@ -219,10 +221,10 @@ def decode_counts(text: bytes) -> list[int]:
 @contextlib.contextmanager
 def readable(path: str | Path):
     """Turns what is wrong with an image file into an InputError."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no image {path}")
     try:
         yield
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"there is no image {path}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} can't be read as an image ({error})") from None
 
@@ -331,55 +333,60 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
     for file in (instances_file, refs_file):
         if not file.is_file():
             raise InputError(
-                f"{file} is missing. The README says where to get RefCOCO ('RefCOCO, step by step') and what a dataset "
-                f"is made of ('Your own data'). With nothing to download: --dataset shapes"
+                f"{file} is missing: see 'RefCOCO' or 'Your own data' in the README, or try --dataset shapes"
             )
     refs = read_refs(refs_file)
     try:
         instances = json.loads(instances_file.read_bytes())
         entries = {image.get("id", image["file_name"]): image for image in instances["images"]}
-        named = {ref.get("ann_id") for ref in refs}
-        annotations = {a["id"]: a["segmentation"] for a in instances.get("annotations", []) if a["id"] in named}
+        if len(entries) < len(instances["images"]):
+            raise KeyError("two images of the same id")
+        annotations = {a["id"]: a["segmentation"] for a in instances.get("annotations", [])}
         place = {image_id: number for number, image_id in enumerate(entries)}
         refs = sorted(enumerate(refs), key=lambda pair: place.get(pair[1]["image_id"], -1))  # an image's side by side
-        [ref["split"] for _, ref in refs]  # all must be there
-    except ValueError as error:
-        raise InputError(f"{instances_file} is not JSON ({error}). Is the download whole?") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{instances_file} is not JSON ({error}). Is it whole?") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{instances_file} or {refs_file} is not in REFER's format (at {error!r})") from None
-    if images:
-        folders = [Path(images)]
+    folders = [Path(images)] if images else folders
     some = [str(entry["file_name"]) for entry in itertools.islice(entries.values(), 20)]
     folder = max(folders, key=lambda folder: sum((folder / file).is_file() for file in some))
     if not folder.is_dir():
         raise InputError(f"there is no image folder {folders[0]}: say where the images of {name} lie with --images DIR")
 
-    objects, sizes, sentence_count = {}, {}, 0
+    objects, sentence_count = {}, 0
     for number, ref in refs:
         ref_id = ref.get("ref_id", number)
         try:
-            image_id, image = ref["image_id"], entries.get(ref["image_id"])
-            segmentation = ref.get("segmentation") or annotations.get(ref["ann_id"])
+            image = entries.get(ref["image_id"])
+            segmentation = ref.get("segmentation") or annotations.get(ref.get("ann_id"))
             if image is None or segmentation is None:
-                raise ValueError(f"instances.json lacks image {image_id} or annotation {ref.get('ann_id')}")
-            if image_id not in sizes:
-                file = folder / image["file_name"]
-                if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
-                    raise ValueError(f"an image name that leads out of its folder, {image['file_name']}")
+                raise ValueError(f"there is no image {ref['image_id']!r}, or no segmentation here or under its ann_id")
+            file = folder / image["file_name"]
+            if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+                raise ValueError(f"an image name that leads out of its folder, {image['file_name']}")
+            if "height" not in image:
                 with readable(file):
-                    width, height = (image["width"], image["height"]) if "height" in image else Image.open(file).size
-                sizes[image_id] = int(height), int(width)
-            sentences = [{"raw": one} if isinstance(one, str) else one for one in ref["sentences"]]
-            if not sentences or isinstance(ref["sentences"], str) or not isinstance(sentences[0], dict):
+                    image["width"], image["height"] = Image.open(file).size
+            height, width = int(image["height"]), int(image["width"])
+            if min(height, width) < 1 or height * width > 2 * Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"its image cannot have {height} x {width} pixels")
+            if not isinstance(ref["split"], str) or not re.fullmatch(r"\w[\w.+-]{0,50}", ref["split"]):
+                raise ValueError(f"its split must be a name of letters and digits, not {ref['split']!r}")
+            # a blank sentence counts, as for peers
+            sentences = [one if isinstance(one, dict) else {"raw": one} for one in ref["sentences"]]
+            right = isinstance(ref["sentences"], list) and all(isinstance(one.get("raw"), str) for one in sentences)
+            if not right or not sentences:
                 raise ValueError("its sentences must be a list of one or more texts")
             item = Referred(
-                ref_id, image_id, image["file_name"], *sizes[image_id], json.dumps(segmentation).encode(),
+                ref_id, ref["image_id"], image["file_name"], height, width, json.dumps(segmentation).encode(),
                 [one.get("sent_id", sentence_count + i) for i, one in enumerate(sentences)],
-                [one["raw"].strip() for one in sentences],  # a blank one counts, as for peers
+                [one["raw"].encode(errors="replace").decode().strip() for one in sentences],
             )  # fmt: skip
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"ref {ref_id} of {name} or its annotation is not in order: {error!r}") from None
-        objects.setdefault(str(ref["split"]), []).append(item)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise InputError(f"ref {ref_id} of {name} or its image is not in order: {reason}") from None
+        objects.setdefault(ref["split"], []).append(item)
         sentence_count += len(sentences)
     return objects, folder
 
@@ -393,9 +400,7 @@ class RefDataset(torch.utils.data.Dataset):
     Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
     int64 [max_tokens], "index" the number of the sentence in `sentences`. The tokenizer is set by `use`, since
     a new one is made of the training split's own words. For `name` see `locate`; `data` is the folder of the known
-    datasets, `images` that of the images where they lie elsewhere.
-
-    Raises InputError if a file is missing or not what it should be.
+    datasets, `images` that of the images where they lie elsewhere. Raises InputError if something is not in order.
     """
 
     def __init__(self, name: str, split: str, data: str | Path = "data", images: str | None = None):
@@ -425,19 +430,16 @@ class RefDataset(torch.utils.data.Dataset):
         return len(self.objects) if self.training else len(self.sentences)
 
     def __getitem__(self, item) -> dict:
+        index = item
         if self.training:
             epoch, number = item
-            first, end = self.first[number : number + 2]
-            index = int(np.random.default_rng((self.seed, epoch, number)).integers(first, end))
-        else:
-            index = item
+            index = int(np.random.default_rng((self.seed, epoch, number)).integers(*self.first[number : number + 2]))
         if self.decoded[0] != self.object(index).image_id:
             self.decoded = self.object(index).image_id, to_input(self.image(index), self.image_size)
-        mask = Image.fromarray(self.mask(index).view(np.uint8))
-        mask = mask.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
+        mask = Image.fromarray(self.mask(index)).resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
         return {
             "image": self.decoded[1],
-            "mask": torch.from_numpy(np.array(mask)).bool(),
+            "mask": torch.from_numpy(np.array(mask)),
             "input_ids": self.input_ids[index],
             "attention_mask": self.attention_mask[index],
             "index": index,
@@ -458,10 +460,8 @@ class RefDataset(torch.utils.data.Dataset):
         item = self.object(index)
         image = open_image(self.folder / item.file_name, upright=False)  # as COCO's masks lie on it
         if abs(image.width / image.height * item.height / item.width - 1) > 0.1:
-            raise InputError(
-                f"{self.folder / item.file_name} is {image.height} x {image.width}, but instances.json says "
-                f"{item.height} x {item.width}: its mask would not fit"
-            )
+            found, said = f"{image.height} x {image.width}", f"{item.height} x {item.width}"
+            raise InputError(f"{item.file_name} is {found}, but instances.json says {said}: its mask would not fit")
         return image
 
     def mask(self, index: int) -> np.ndarray:
@@ -490,9 +490,8 @@ def sheet(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]], sid
     """Write rows of (title, [(caption, tile), ..]) to a PNG, the tiles squeezed to squares."""
     gap, line = 10, 22
     pitch = 2 * line + side + gap
-    canvas = Image.new(
-        "RGB", (gap + max(len(tiles) for _, tiles in rows) * (side + gap), gap + len(rows) * pitch), "white"
-    )
+    width = gap + max(len(tiles) for _, tiles in rows) * (side + gap)
+    canvas = Image.new("RGB", (width, gap + len(rows) * pitch), "white")
     draw = ImageDraw.Draw(canvas)
     for i, (title, tiles) in enumerate(rows):
         draw.text((gap, gap + i * pitch), title, "black", font_size=16)
@@ -528,23 +527,25 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
     missing = {item.file_name for items in splits.values() for item in items}
     missing = sorted(file for file in missing if not (folder / file).is_file())
     row("image files missing", len(missing), 0)
-    datasets = [RefDataset(name, split, data, images) for split in splits]
+    datasets = (RefDataset(name, split, data, images) for split in splits)
     objects = [(dataset, int(first)) for dataset in datasets for first in dataset.first[:-1]]
     objects = [objects[i] for i in np.random.default_rng(0).permutation(len(objects))]
     objects = [one for one in objects if one[0].object(one[1]).file_name not in missing][: None if every_image else 200]
-    broken, samples = [], []
+    broken, samples, empty = [], [], 0
     for dataset, index in tqdm(objects, desc="decoding", unit="object", disable=None):
         try:
             image, mask = dataset.image(index), dataset.mask(index)
+            empty += not mask.any()
             if len(samples) < 12:
                 samples.append([(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))])
         except InputError as error:
             broken.append(str(error))
     row(f"broken, of {len(objects)} images and masks" + " (--all: every one)" * (not every_image), len(broken), 0)
+    row("of these, masks without a pixel", empty)
     for one in [f"missing: {file}" for file in missing[:5]] + [f"broken: {error}" for error in broken[:5]]:
         print(one)
-    path = Path("runs") / f"check-{Path(name).resolve().name}.png"
     if samples:
+        path = Path("runs") / f"check-{Path(name).resolve().name}.png"
         path.parent.mkdir(exist_ok=True)
         sheet(path, [("", sum(samples[i : i + 3], [])) for i in range(0, len(samples), 3)])
         print(f"{len(samples)} samples with their masks: {path}")

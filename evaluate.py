@@ -53,6 +53,8 @@ def pick_device(device: str | None) -> torch.device:
     """
     try:
         picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if picked.type not in ("cpu", "cuda"):
+            raise RuntimeError("it must be cpu or cuda")
         if picked.type == "cuda":
             picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", picked.index or 0)))
             if picked.index >= torch.cuda.device_count() > 0:
@@ -215,6 +217,7 @@ class Segmenter:
         if not all(expression.strip() for expression in expressions):
             raise InputError("the expression is empty: say what to segment, such as 'the man on the left'")
         config = self.model.config
+        expressions = [expression.encode(errors="replace").decode() for expression in expressions]
         input_ids, attention_mask = tokenize(self.tokenizer, expressions, config.max_tokens)
         batch = {
             "image": to_input(image, config.image_size).expand(len(expressions), -1, -1, -1),
@@ -487,7 +490,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.image is None) != (args.expression is None):
         parser.error("--image and --expression go together")
-    others = ("split", "dataset", "compile", "pictures", "json", "per_sample", "shuffle_expressions")
+    if args.expression and not all(expression.strip() for expression in args.expression):
+        parser.error("an expression is empty: say what to segment, such as 'the man on the left'")
+    others = "split dataset images workers batch_size compile pictures json per_sample shuffle_expressions".split()
     for name in others if args.image is not None else ():
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} does nothing with --image: leave one of them out")
@@ -499,39 +504,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
-    """Write each expression's mask and overlay, and a sheet of several, beside the checkpoint."""
-    files, broken = [], []
+    """Write each expression's mask and overlay, and a sheet of several, to photographs/ beside the checkpoint."""
+    folder, files, broken = checkpoint.parent / "photographs", [], []
     for given in args.image:
         if given and Path(given).is_dir():
             known = Image.registered_extensions()
-            files += sorted(path for path in Path(given).iterdir() if path.suffix.lower() in known)
+            found = sorted(
+                path for path in Path(given).iterdir() if path.suffix.lower() in known and path.name[0] != "."
+            )
+            print(f"{given}: {len(found)} photographs")
+            files += found or [Path(given)]
         else:
             files.append(Path(given))
-    if len({file.stem for file in files}) < max(len(files), 1):
-        raise InputError(f"{', '.join(args.image)}: there must be photographs, and no two of the same name")
+    names = [file.name for file in files]
+    if len(set(names)) < len(names) or folder.resolve() in [file.parent.resolve() for file in files]:
+        raise InputError(f"no two photographs may have one name, and none may lie in {folder}, where the masks go")
     segment = Segmenter(checkpoint, args.device, args.precision or "fp32", args.image_size)
-    ids, _ = tokenize(segment.tokenizer, args.expression, segment.model.config.max_tokens)
-    for expression, unknown in zip(args.expression, ids == segment.tokenizer.unk_token_id):
-        if unknown.any():
+    for expression in args.expression:
+        if segment.tokenizer.unk_token in segment.tokenizer.tokenize(expression.encode(errors="replace").decode()):
             print(f"note: the model has never seen some word of {expression!r}")
     for file in tqdm(files, unit="photograph", disable=None if len(files) > 1 else True):
         try:
             image = open_image(file)
-        except InputError as error:
+            masks = segment.logits(image, args.expression) > 0
+            folder.mkdir(exist_ok=True)
+            tiles = [("", image)]
+            for number, (expression, mask) in enumerate(zip(args.expression, masks), 1):
+                slug = re.sub(r"\W+", "-", expression.lower()).strip("-")[:40]
+                path = folder / f"{file.name}-{f'{number}-' * (len(masks) > 1)}{slug}.png"
+                tiles.append((expression, overlay(image, mask, RED)))
+                tiles[-1][1].save(path)
+                Image.fromarray(mask).convert("L").save(path.with_suffix(".mask.png"))
+                found = f"covers {100 * mask.mean():.1f} % of" if mask.any() else "names nothing that was found in"
+                tqdm.write(f"{expression!r} {found} {file}; the overlay is {path}")
+            if len(masks) > 1:
+                sheet(folder / f"{file.name}-sheet.png", [(file.name, tiles)])
+        except (InputError, OSError) as error:
             broken.append(str(error))
-            continue
-        masks = segment.logits(image, args.expression) > 0
-        tiles = [("", image)]
-        for number, (expression, mask) in enumerate(zip(args.expression, masks), 1):
-            slug = re.sub(r"\W+", "-", expression.lower()).strip("-")[:60]
-            path = checkpoint.parent / f"{file.stem}-{f'{number}-' * (len(masks) > 1)}{slug}.png"
-            tiles.append((expression, overlay(image, mask, RED)))
-            tiles[-1][1].save(path)
-            Image.fromarray(mask).convert("L").save(path.with_name(f"{path.stem}-mask.png"))
-            found = f"covers {100 * mask.mean():.1f} % of" if mask.any() else "names nothing that was found in"
-            tqdm.write(f"{expression!r} {found} {file}; the overlay is {path}")
-        if len(masks) > 1:
-            sheet(checkpoint.parent / f"{file.stem}-sheet.png", [(file.name, tiles)])
     if broken:
         raise InputError(f"{len(broken)} of {len(files)} photographs were left out: " + "\n".join(broken))
 

@@ -72,6 +72,8 @@ class VEGAConfig:
             raise ValueError(f"there is no variant {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
         if set(self.bert) - set(BERT_FIELDS):
             raise ValueError(f"BERT's config names {min(set(self.bert) - set(BERT_FIELDS))}, which is none of VEGA's")
+        if not (0 <= self.drop_path < 1 and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout {self.dropout} and drop path {self.drop_path} must lie in [0, 1)")
         smallest = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
         if self.image_size % 4 or self.image_size < smallest:
             raise ValueError(

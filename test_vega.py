@@ -640,7 +640,7 @@ def test_a_polygon_may_reach_far_out_of_the_image():
 
 
 def test_a_wrong_rle_is_refused():
-    for counts in ([3, 4], [5, -1, 8], "04", "P", [2**63 - 1, 2**63 - 1, 14], [2**63, 1], [float("nan")], None):
+    for counts in ([3, 4], [5, -1, 8], "o" * 10**6 + "0", "04", "P", [2**63 - 1, 2**63 - 1, 14], [2**63, 1], [float("nan")], None):
         with pytest.raises(data.InputError, match="can't be drawn"):
             data.rasterize({"size": [3, 4], "counts": counts}, 3, 4)
     nan = float("nan")
@@ -1041,7 +1041,7 @@ def go_the_whole_way(folder: Path, tmp_path, monkeypatch, *flags, image="images/
     scores = train.main(["--dataset", str(folder), *MINIATURE[:4], "--batch-size", "1", "--max-steps", "2", *flags])
     assert evaluate.main(["--split", *scores]) == scores
     evaluate.main(["--image", str(Path(folder).parent / image if Path(folder).is_file() else folder / image), "--expression", "red mug"])
-    assert list(Path("runs").glob("*/*-red-mug-mask.png"))
+    assert list(Path("runs").glob("*/photographs/*-red-mug.mask.png"))
     return scores
 
 
@@ -1057,8 +1057,8 @@ def test_the_readmes_own_data_runs_as_it_is_printed(tmp_path, monkeypatch):
         _, script, *arguments = shlex.split(line, comments=True)
         {"data.py": data, "train.py": train, "evaluate.py": evaluate}[script].main(arguments)
     (out,) = Path("runs").glob("mugs-*")
-    assert {"best.pt", "pictures-val.png", "shelf-1-blue-mug-mask.png", "shelf-sheet.png"} <= {p.name for p in out.iterdir()}
-    assert Image.open(out / "shelf-2-the-mug-on-the-left-mask.png").size == (120, 100)
+    assert {"best.pt", "pictures-val.png", "shelf.jpg-sheet.png"} <= {path.name for path in out.rglob("*")}
+    assert Image.open(out / "photographs" / "shelf.jpg-2-the-mug-on-the-left.mask.png").size == (120, 100)
     objects, _ = data.read_dataset("mugs", "data")
     (item,) = objects["val"]
     assert (item.height, item.width, item.ref_id, item.sent_ids) == (100, 120, 1, [2, 3])
@@ -1105,6 +1105,19 @@ def test_refcoco_m_in_miniature(tmp_path, monkeypatch):
     assert dataset.image(0).size == (120, 100) and dataset.mask(0).sum() == 700
 
 
+def test_a_text_of_broken_unicode_is_read(tmp_path):
+    dataset = data.RefDataset(str(write_own(tmp_path, [{**OWN, "sentences": ["\ud800 mug", " "]}])), "train")
+    assert dataset.expressions == ["? mug", ""]
+    dataset.use(data.make_tokenizer(dataset.expressions), 21, 32, training=False)
+
+
+def test_check_counts_masks_without_a_pixel(tmp_path, monkeypatch, capsys):
+    """A box where a polygon should be is the likeliest mistake: two points cover nothing."""
+    monkeypatch.chdir(tmp_path)
+    data.main(["--check", str(write_own(tmp_path / "mugs", [OWN, {**OWN, "segmentation": [[20, 30, 40, 50]]}]))])
+    assert re.search(r"masks without a pixel +1\b", capsys.readouterr().out)
+
+
 def test_an_image_lies_as_deep_as_its_name_says(tmp_path):
     folder = write_own(tmp_path, [{**OWN, "image_id": "a/b/desk.jpg"}, {**OWN, "image_id": "shelf.jpg"}], ["shelf.jpg", "a/b/desk.jpg"])  # fmt: skip
     dataset = data.RefDataset(str(folder), "train")
@@ -1135,9 +1148,22 @@ OWN = {"image_id": "desk.jpg", "split": "train", "sentences": ["red mug"], "segm
         (lambda f: write_own(f, [{**OWN, "sentences": [5]}]), "a list of one or more texts"),
         (lambda f: write_own(f, [{**OWN, "sentences": []}]), "a list of one or more texts"),
         (lambda f: write_own(f, [{**OWN, "sentences": "red mug"}]), "a list of one or more texts"),
-        (lambda f: write_own(f, [{**OWN, "image_id": "sofa.jpg"}]), "instances.json lacks image sofa.jpg"),
+        (lambda f: write_own(f, [{**OWN, "image_id": "sofa.jpg"}]), "there is no image 'sofa.jpg'"),
+        (lambda f: write_own(f, [{**OWN, "split": "a/b"}]), "must be a name of letters and digits, not 'a/b'"),
+        (lambda f: write_own(f, [{**OWN, "split": "--json"}]), "must be a name of letters and digits, not '--json'"),
+        (lambda f: write_own(f, [{**OWN, "split": " train"}]), "must be a name of letters and digits, not ' train'"),
+        (lambda f: write_own(f, [{**OWN, "split": None}]), "must be a name of letters and digits, not None"),
+        (lambda f: write_own(f, [{**OWN, "sentences": {"a": 1}}]), "a list of one or more texts"),
+        (lambda f: write_own(f, [{**OWN, "sentences": ["a", 5]}]), "a list of one or more texts"),
+        (lambda f: write_own(f, [{**OWN, "segmentation": [20, 30, 60, 30, 60, 80]}, {**OWN, "split": "val"}]), "must be a list of polygons [x0"),
+        (lambda f: write_own(f, [OWN], entries=[{"file_name": "desk.jpg", "width": 0, "height": 0}]), "cannot have 0 x 0 pixels"),
+        (lambda f: write_own(f, [OWN], entries=[{"file_name": "desk.jpg", "width": 1e6, "height": 1e6}]), "cannot have 1000000 x 1000000 pixels"),
+        (lambda f: write_own(f, [OWN], entries=[{"file_name": "desk.jpg", "width": math.inf, "height": 8}]), "OverflowError"),
+        (lambda f: write_own(f, [OWN], entries=[{"file_name": "desk.jpg"}, {"file_name": "desk.jpg"}]), "two images of the same id"),
+        (lambda f: (f / "instances.json").write_text("[" * 200_000), "is not JSON"),
+        (lambda f: ((f / "images" / "desk.jpg").unlink(), os.mkfifo(f / "images" / "desk.jpg")), "there is no image"),
         (lambda f: write_own(f, [{**OWN, "segmentation": {"size": [200, 240], "counts": [48000]}}, {**OWN, "split": "val"}]), "does not fill an image of 100 x 120"),
-        (lambda f: write_own(f, [{k: v for k, v in OWN.items() if k != "segmentation"}]), "not in order: KeyError('ann_id')"),
+        (lambda f: write_own(f, [{k: v for k, v in OWN.items() if k != "segmentation"}]), "no segmentation here or under its ann_id"),
         (lambda f: write_own(f, [{**OWN, "image_id": "../x.jpg"}], images=["desk.jpg", "../x.jpg"]), "leads out of its folder"),
         (lambda f: write_own(f, [{**OWN, "image_id": "/x.jpg"}], entries=[{"file_name": "/x.jpg"}]), "leads out of its folder"),
         (lambda f: ((f / "images" / "desk.jpg").unlink(), (f / "images" / "desk.jpg").symlink_to(HERE / "assets" / "shapes.png")), "leads out of its folder"),
@@ -1610,9 +1636,9 @@ def test_photographs(trained, tmp_path, monkeypatch, capsys):
     """A folder with a broken one in it, two expressions: masks, overlays, a sheet each; the broken one is named last."""
     (best,) = (trained / "runs").glob("*/best.pt")
     (tmp_path / "best.pt").write_bytes(best.read_bytes())
-    folder = tmp_path / "photographs"
+    folder = tmp_path / "holidays"
     folder.mkdir()
-    for name in ("a.jpg", "c.png"):
+    for name in ("a.jpg", "c.png", "._c.png"):
         Image.new("RGB", (90, 61), "red").save(folder / name)
     (folder / "b.jpg").write_text("<html>")
     (folder / "notes.txt").write_text("no photograph")
@@ -1623,12 +1649,16 @@ def test_photographs(trained, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "never seen some word of 'Left: thing!'" in printed and "word of 'red thing'" not in printed
     assert "'red thing' names nothing that was found in" in printed and "'Left: thing!' covers 12.2 % of" in printed
-    masks = {path.name: np.asarray(Image.open(path)) for path in tmp_path.glob("*-mask.png")}
-    assert set(masks) == {f"{photograph}-{slug}-mask.png" for photograph in "ac" for slug in ("1-red-thing", "2-left-thing")}
-    assert all(mask.shape == (61, 90) for mask in masks.values()) and not masks["a-1-red-thing-mask.png"].any()
-    left = masks["c-2-left-thing-mask.png"]
+    folder = tmp_path / "photographs"
+    masks = {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.mask.png")}
+    names = [f"{file}-{slug}" for file in ("a.jpg", "c.png") for slug in ("1-red-thing", "2-left-thing")]
+    assert set(masks) == {f"{name}.mask.png" for name in names}
+    assert all(mask.shape == (61, 90) for mask in masks.values()) and not masks["a.jpg-1-red-thing.mask.png"].any()
+    left = masks["c.png-2-left-thing.mask.png"]
     assert set(np.unique(left)) == {0, 255} and (left[:, :11] == 255).all() and (left[:, 11:] == 0).all()
-    assert Image.open(tmp_path / "a-2-left-thing.png").size == (90, 61) and (tmp_path / "c-sheet.png").exists()
+    assert Image.open(folder / "a.jpg-2-left-thing.png").size == (90, 61) and (folder / "c.png-sheet.png").exists()
+    with pytest.raises(SystemExit, match="none may lie in .*photographs, where the masks go"):
+        evaluate.main([*command, "--image", str(folder)])  # it would read its own masks and write over what it reads
 
 
 def test_logits_of_several_expressions_are_those_of_each(trained):
@@ -2115,8 +2145,10 @@ def test_one_two_and_four_processes_train_alike(small, tmp_path):
         ("evaluate.py", ["--image", "absent.jpg"], "--image and --expression go together"),
         ("evaluate.py", ["--image", "", "--expression", "red"], "there is no image"),
         ("evaluate.py", ["--image", "a.jpg", "--expression", "red", "--compile"], "--compile does nothing with --image"),
-        ("evaluate.py", ["--image", "a.jpg", "b/a.jpg", "--expression", "red"], "no two of the same name"),
-        ("evaluate.py", ["--image", "runs", "--expression", "red"], "there must be photographs"),
+        ("evaluate.py", ["--image", "a.jpg", "b/a.jpg", "--expression", "red"], "no two photographs may have one name"),
+        ("evaluate.py", ["--image", "runs", "--expression", "red"], "there is no image runs"),
+        ("evaluate.py", ["--device", "meta"], "it must be cpu or cuda"),
+        ("train.py", ["--drop-path", "5"], "must lie in [0, 1)"),
         ("evaluate.py", ["--image-size", "64"], "does not fit the model"),
         ("evaluate.py", ["--image-size", "62"], "must be a multiple of 4"),
     ],
@@ -2156,7 +2188,7 @@ def test_odd_photographs_are_segmented(name, trained, tmp_path):
     assert abs(np.asarray(data.to_rgb(grey)).astype(int) - 40000 / 257).max() <= 1  # scaled, not clipped at 255
 
 
-@pytest.mark.parametrize("expression", ["thing " * 10_000, "\N{GRINNING FACE}", "左边的人", "x" * 5000, "a\0b\n\tc"])
+@pytest.mark.parametrize("expression", ["thing " * 10_000, "\N{GRINNING FACE}", "左边的人", "x" * 5000, "a\0b\n\tc", "\udcff mug"])
 def test_odd_expressions_are_segmented(expression, trained):
     (best,) = (trained / "runs").glob("*/best.pt")
     mask = evaluate.load(best)(Image.new("RGB", (20, 10)), expression)

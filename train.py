@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict:
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     if len(train) < args.batch_size:
         raise InputError(
-            f"{args.dataset} has {len(train)} objects to train on, fewer than a batch of {args.batch_size}"
+            f"{args.dataset} has {len(train)} objects to train on, fewer than a batch of {args.batch_size}: lower it"
         )
     steps_per_epoch = len(train) // args.batch_size
     total = args.max_steps or args.epochs * steps_per_epoch
@@ -245,11 +245,10 @@ def main(argv: list[str] | None = None) -> dict:
     if world() > 1:
         dist.barrier()  # until rank 0 has written it
     tests = [split for split in splits if split not in ("train", "val")]
-    images = ["--images", args.images] if args.images else []
+    images = [f"--images={args.images}"] if args.images else []
     scores = evaluate_main([
-        "--checkpoint", str(out / "best.pt"), "--split", "val", *tests, "--json", str(out / "metrics.json"),
-        "--pictures", "8", "--data", args.data, "--device", str(device), "--precision", precision,
-        "--workers", str(args.workers), *images,
+        f"--checkpoint={out / 'best.pt'}", "--split", "val", *tests, f"--json={out / 'metrics.json'}", "--pictures=8",
+        f"--data={args.data}", f"--device={device}", f"--precision={precision}", f"--workers={args.workers}", *images,
     ])  # fmt: skip
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -279,12 +278,11 @@ def new_settings(args: argparse.Namespace) -> argparse.Namespace:
     """What the command line says, and for the rest the recipe of the model's preset."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     dataset = given.get("dataset", "shapes")
-    model = given.get("model", "tiny" if dataset == "shapes" else "base")
-    config = dataclasses.asdict(getattr(VEGAConfig, model)())
-    pretrained = {"swin": PRETRAINED_SWIN, "bert": PRETRAINED_BERT}
-    if args.init:
-        config, pretrained = read_checkpoint(args.init)["config"], {}
-    elif model == "tiny" or args.no_pretrained:
+    start = read_checkpoint(args.init) if args.init else {"args": {}}
+    model = given.get("model", start["args"].get("model", "tiny" if dataset == "shapes" else "base"))
+    config = start.get("config", dataclasses.asdict(getattr(VEGAConfig, model)()))
+    pretrained = {} if args.init else {"swin": PRETRAINED_SWIN, "bert": PRETRAINED_BERT}
+    if model == "tiny" or args.no_pretrained:
         pretrained = {}
     model_flags = {name: config[name] for name in MODEL_FLAGS}
     recipe = {"dataset": dataset, "model": model, "data": "data", "seed": 0, **RECIPES[model]}
