@@ -2531,7 +2531,7 @@ def test_benchmark(capsys):
     model, size, batch_size, precision = (os.environ.get("BENCHMARK", "tiny 128").split() + ["1", "fp32"])[:4]
     batch_size, device = int(batch_size), evaluate.pick_device(None)
     config = getattr(VEGAConfig, model)(image_size=int(size))
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(os.cpu_count())
     # the VIS block beside the literal pseudocode, with the paper's four images of a card; before all else, since the
     # literal form is faster in a process whose heap already holds its [B, T, N, D] tensors
     N = math.ceil(config.image_size / 2 ** (len(config.depths) + 1)) ** 2  # pixels of the last stage
@@ -2568,7 +2568,7 @@ def test_benchmark(capsys):
     step_s = seconds({name: training_step(one, inputs, precision) for name, one in models.items()})
     torch.set_num_threads(1)
 
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} threads"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} threads"
     lines = [f"\n{model} at {size} x {size}, batch {batch_size}, {precision}, {device.type}, {hardware}",
              f"{'':<36}{'forward':>10}{'ratio':>7}{'images/s':>10}{'step':>10}{'ratio':>7}{'images/s':>10}"]  # fmt: skip
     for name in models:
