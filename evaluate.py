@@ -358,6 +358,7 @@ def evaluate(
         forward: the model, compiled.
     """
     model.eval()
+    forward = model if forward is None else forward  # a compiled model has no truth value
     loader = DataLoader(
         dataset, batch_sampler=fixed_batches(dataset, batch_size)[rank() :: world()], num_workers=workers,
         pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
@@ -370,7 +371,7 @@ def evaluate(
     )  # fmt: skip
     for batch in bar:
         with autocast(device, precision):
-            output = (forward or model)(*model_inputs(batch, device))
+            output = forward(*model_inputs(batch, device))
         measures = word_measures(output, batch["attention_mask"])
         if resolution == "input":
             metrics.update(output["logits"] > 0, batch["mask"].to(device), batch["index"], measures)
