@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # training
     parallel = DistributedDataParallel(model) if world() > 1 else model
-    parallel.broadcast_buffers = False  # Swin's are constants; (the argument of this name is deprecated)
+    parallel.broadcast_buffers = False  # Swin's are constants; set here, for torch 2.15 deprecates the argument
     forward = compiled(parallel, config, micro_batch, device, precision) if args.compile else parallel
     loader = DataLoader(
         train, num_workers=args.workers, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
