@@ -43,7 +43,7 @@ class VEGAConfig:
     coordinates: bool = False  # add the pixels' normalised coordinates to the patch embedding
     bert: dict = field(default_factory=bert_base)  # BERT_FIELDS of transformers' BertConfig, or some of them
     max_tokens: int = 21  # of an expression, [CLS] and [SEP] among them
-    variant: str = "vega"  # or an ablation, a name of selection.VARIANTS
+    variant: str = "vega"  # or another name of selection.VARIANTS
     ratio: float = 0.3  # of the pixels that each word selects
     attention_heads: int = 8  # of every cross- and self-attention that VEGA adds
     decoder_width: int = 256
@@ -228,6 +228,8 @@ class VEGA(nn.Module):
         self.enhance = AttentionLayer(D, heads, dropout=dropout) if variant.enhanced else None
         self.vis = variant.block(D, heads, config.ratio, dropout)
         self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU)) if variant.contrastive else None
+        if hasattr(self.vis, "log_tau"):
+            self.vis.log_tau = self.log_tau  # one temperature
         self.decoder = Decoder(self.vision.dims, D, config.decoder_width, heads)
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict:

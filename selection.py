@@ -307,12 +307,34 @@ class NoCrossAttention(VISBlock):
         return self.self_attention(E, E, mask_l)
 
 
+class SumOnce(VISBlock):
+    """Ours, beyond the paper: E is the weighted mean alone, not divided by K once more."""
+
+    def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
+        return (M * S_norm) @ F_v
+
+
+class Sharp(VISBlock):
+    """Ours, beyond the paper: the softmax is over S / tau, so that a token's most similar pixels weigh far more."""
+
+    def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
+        super().__init__(dim, num_heads, ratio, dropout)
+        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))  # VEGA takes it for Eq. 5 as well
+
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+        return torch.softmax(S / self.log_tau.exp() + M_hat, dim=-1)
+
+
+class SumOnceSharp(SumOnce, Sharp):
+    """Ours, beyond the paper: both changes."""
+
+
 class Variant(NamedTuple):
     """A row of the paper's ablations, and what the model makes of it."""
 
     table: str
     row: str
-    oIoU: float  # the paper's, on RefCOCO val, in per cent
+    oIoU: float | None  # the paper's, on RefCOCO val, in per cent; None for ours
     block: type[VISBlock] = VISBlock
     enhanced: bool = True  # the linguistic tokens look at F_v before they select and enter G
     contrastive: bool = True  # Eq. 5 is in the loss; it needs the similarities of [CLS]
@@ -333,4 +355,7 @@ VARIANTS = {
     "no-normalisation": Variant("4d", "no normalization, no top-k mask in it", 74.97, NoNormalisation),
     "unmasked-softmax": Variant("4d", "normalization without top-k mask", 75.14, UnmaskedSoftmax),
     "no-cross-attention": Variant("4e", "no top-k cross-attention", 74.23, NoCrossAttention),
+    "sum-once": Variant("ours", "E without the second 1 / K", None, SumOnce),
+    "sharp": Variant("ours", "softmax over S / tau, with the tau of Eq. 5", None, Sharp),
+    "sum-once-sharp": Variant("ours", "both", None, SumOnceSharp),
 }

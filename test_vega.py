@@ -82,7 +82,7 @@ def random_batch(config: VEGAConfig, size: int = 2, words: tuple[int, ...] = (7,
 def algorithm_1(block: VISBlock, F_v, Q_l, mask_l, ratio, variant="vega"):
     """The pseudocode of Appendix A as it is printed, repeats and all, with the block's own layers.
 
-    variant: a row of Table 4, whose line takes the place of the pseudocode's.
+    variant: a row of Table 4 or one of ours, whose line takes the place of the pseudocode's.
     """
     B, N, D = F_v.shape
     T = Q_l.shape[1]
@@ -104,10 +104,14 @@ def algorithm_1(block: VISBlock, F_v, Q_l, mask_l, ratio, variant="vega"):
         S_norm = S
     if variant == "unmasked-softmax":
         S_norm = torch.exp(S) / torch.exp(S).sum(dim=-1, keepdim=True)
+    if "sharp" in variant:
+        S_norm = torch.softmax(S / torch.exp(block.log_tau) + M_hat, dim=-1)
     F_v_repeated = F_v.unsqueeze(1).repeat(1, T, 1, 1)
     E = (M.unsqueeze(-1) * S_norm.unsqueeze(-1) * F_v_repeated).sum(dim=2) / int(N * ratio)
     if variant == "sigmoid-threshold":  # divided by the number selected
         E = E * int(N * ratio) / M.sum(dim=-1, keepdim=True)
+    if "sum-once" in variant:
+        E = (M.unsqueeze(-1) * S_norm.unsqueeze(-1) * F_v_repeated).sum(dim=2)
     if variant == "no-similarity-weights":
         E = (M.unsqueeze(-1) * F_v_repeated).sum(dim=2) / int(N * ratio)
     Q_v = E if variant == "no-cross-attention" else block.cross_attention(E, F_v, M_hat)
@@ -118,13 +122,14 @@ def algorithm_1(block: VISBlock, F_v, Q_l, mask_l, ratio, variant="vega"):
 TABLE_4 = (
     "sigmoid-threshold", "no-similarity-weights", "no-normalisation", "unmasked-softmax", "no-cross-attention"
 )  # fmt: skip
+OURS = ("sum-once", "sharp", "sum-once-sharp")
 
 
 @pytest.mark.parametrize(
     "variant, N, T, ratio",
     [
         *(("vega", *sizes) for sizes in [(64, 21, 0.3), (225, 21, 0.3), (50, 5, 0.1), (17, 1, 0.8), (225, 9, 0.5)]),
-        *((variant, 64, 9, 0.3) for variant in TABLE_4),
+        *((variant, 64, 9, 0.3) for variant in TABLE_4 + OURS),
     ],
 )
 def test_vis_block_is_algorithm_1(variant, N, T, ratio):
@@ -243,6 +248,9 @@ WHAT_SETS_IT_APART = {  # true of the variant and false of vega
     "no-cross-attention": lambda name: same(
         visual(name), guide(name, F_V, Q_L)[0].self_attention(*[steps(name)[2]] * 2)
     ),
+    "sum-once": lambda name: same(steps(name)[2], K * steps("vega")[2]),
+    "sharp": lambda name: same(steps(name)[1], steps("vega", 1 / 0.07)[1]),
+    "sum-once-sharp": lambda name: same(steps(name)[2], K * steps("vega", 1 / 0.07)[2]),
 }
 
 
@@ -255,13 +263,23 @@ def test_variants_name_their_rows():
     """Tables 2, 3 and 4, typed from the paper."""
     oIoU = {"2": {73.31, 73.91, 75.35}, "3a": {74.16, 74.58}, "3b": {73.84, 74.86, 74.93}, "4a": {74.81}}
     oIoU |= {"4b": {74.92}, "4c": {75.05}, "4d": {74.97, 75.14}, "4e": {74.23}}
+    oIoU |= {"ours": {None}}
+    assert {v.table for v in VARIANTS.values()} == set(oIoU)
     for table, rows in oIoU.items():
         assert {v.oIoU for v in VARIANTS.values() if v.table == table} == rows
     for name, variant in VARIANTS.items():
-        if variant.block is not VISBlock:
+        if name in OURS:
+            assert "Ours, beyond the paper" in variant.block.__doc__
+        elif variant.block is not VISBlock:
             assert f"Table {variant.table}" in variant.block.__doc__ and str(variant.oIoU) in variant.block.__doc__, (
                 name
             )
+
+
+def test_sharp_and_equation_5_share_one_temperature():
+    model = small_model("sharp")
+    assert model.vis.log_tau is model.log_tau
+    assert [name for name, _ in model.named_parameters() if "log_tau" in name] == ["log_tau"]
 
 
 def test_a_threshold_may_select_nothing():

@@ -47,7 +47,7 @@ MODEL_FLAGS = ("variant", "image_size", "ratio", "drop_path", "dropout", "dice",
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    lines = [f"  {name:<22}{v.table:<4}{v.oIoU:>6.2f}  {v.row}" for name, v in VARIANTS.items()]
+    lines = [f"  {name:<22}{v.table:<5}{v.oIoU or '-':>5}  {v.row}" for name, v in VARIANTS.items()]
     variants = "\n".join(["variants, by the paper's table, with its oIoU on RefCOCO val:", *lines,
                           "  --ratio 0.1 to 0.8    6    74.80 to 75.35  number of k"])  # fmt: skip
     parser = argparse.ArgumentParser(
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag = parser.add_argument
     # fmt: off
     flag("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
-    flag("--variant", metavar="NAME", choices=VARIANTS, help="an ablation of the paper, listed below (default: vega)")
+    flag("--variant", metavar="NAME", choices=VARIANTS, help="an ablation, listed below (default: vega)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16)")
     flag("--micro-batch", type=int, metavar="N", help="images per forward pass of a process; its share accumulates")
     flag("--epochs", type=int, help="default: 40 for base, 3 for tiny")
