@@ -139,11 +139,12 @@ def leave_process_group(worker: int) -> None:
 
 
 def model_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The arguments of VEGA's forward from a batch of RefDataset, on the device."""
+    """The arguments of VEGA's forward from a batch of RefDataset, on the device, as long as its longest expression."""
+    longest = int(batch["attention_mask"].sum(1).max())
     image, input_ids, attention_mask = (
         batch[key].to(device, non_blocking=True) for key in ("image", "input_ids", "attention_mask")
     )
-    return normalise(image), input_ids, attention_mask
+    return normalise(image), input_ids[:, :longest], attention_mask[:, :longest]
 
 
 # Checkpoints
@@ -370,9 +371,10 @@ def evaluate(
         disable=True if rank() else None,  # None: quiet when not a terminal
     )  # fmt: skip
     for batch in bar:
+        inputs = model_inputs(batch, device)
         with autocast(device, precision):
-            output = forward(*model_inputs(batch, device))
-        measures = word_measures(output, batch["attention_mask"])
+            output = forward(*inputs)
+        measures = word_measures(output, inputs[2])
         if resolution == "input":
             metrics.update(output["logits"] > 0, batch["mask"].to(device), batch["index"], measures)
             continue

@@ -36,8 +36,12 @@ from selection import VARIANTS
 
 # what each model is trained with unless a flag says otherwise; base: Sec. 4.1
 RECIPES = {
-    "tiny": dict(epochs=3, batch_size=16, lr=7e-4, weight_decay=0.01, log_every=10, workers=0),
-    "base": dict(epochs=40, batch_size=16, lr=3e-5, weight_decay=0.01, log_every=50, workers=4),
+    "tiny": dict(
+        epochs=4, batch_size=16, lr=1.4e-3, bert_lr=0.1, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10, workers=0
+    ),
+    "base": dict(
+        epochs=40, batch_size=16, lr=3e-5, bert_lr=1.0, warmup=0.0, beta2=0.999, weight_decay=0.01, log_every=50, workers=4
+    ),
 }
 STOPPED = 75  # exit status of a run that a signal stopped and --resume goes on with; sysexits.h: try again
 RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "metrics.json")
@@ -120,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict:
     config = model.config
     for dataset in (train, val):
         dataset.use(tokenizer, config.max_tokens, config.image_size, training=dataset is train, seed=args.seed)
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay, args.bert_lr, args.beta2)
     if len(train) < args.batch_size:
         raise InputError(
             f"{args.dataset} has {len(train)} objects to train on, fewer than a batch of {args.batch_size}: lower it"
@@ -136,10 +140,10 @@ def main(argv: list[str] | None = None) -> dict:
         sums = {name: value.to(device) for name, value in resumed["sums"].items()}
         if done > total:
             raise InputError(f"{out} has done {done} steps already, more than the {total} that it would end with")
-        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        settings = [{name: group[name] for name in ("share", "weight_decay")} for group in optimizer.param_groups]
         optimizer.load_state_dict(resumed["optimizer"])
-        for group, decay in zip(optimizer.param_groups, decays):
-            group["weight_decay"] = decay  # of now, not of the checkpoint
+        for group, setting in zip(optimizer.param_groups, settings):
+            group.update(setting)  # of now, not of the checkpoint
     if rank() == 0:
         for file in RUN_FILES if resumed is None else ():
             (out / file).unlink(missing_ok=True)  # of the run that --overwrite replaces
@@ -176,9 +180,10 @@ def main(argv: list[str] | None = None) -> dict:
         for step, batch in enumerate(start_loader(loader), done + 1):
             waited += time.perf_counter() - asked
             model.train()
-            lr = args.lr * (1 - (step - 1) / total) ** 0.9  # polynomial decay
+            warmup = args.warmup * total  # steps
+            lr = args.lr * min(step / (warmup + 1), (1 - (step - 1 - warmup) / (total - warmup)) ** 0.9)  # polynomial
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["share"]
             # dropout depends on nothing before this step
             torch.manual_seed(((args.seed << 40) + (step << 12) + rank()) % 2**64)
             optimizer.zero_grad()
@@ -301,7 +306,8 @@ def resumed_settings(args: argparse.Namespace, saved: dict) -> argparse.Namespac
         told = "; ".join(f"--{name.replace('_', '-')} {saved.get(name)}, not {given[name]}" for name in others)
         way = "start another run, perhaps with --init" if fixed else "add --resume-anyway"
         raise InputError(f"this run has {told}: leave such flags out to go on with it, or {way}")
-    return argparse.Namespace(**{**vars(args), **saved, **given})
+    former = {"bert_lr": 1.0, "warmup": 0.0, "beta2": 0.999}  # of runs from before there were these
+    return argparse.Namespace(**{**vars(args), **former, **saved, **given})
 
 
 def split_batch(batch_size: int, micro_batch: int | None) -> int:
@@ -409,14 +415,19 @@ def add_words(checkpoint: dict, expressions: list[str]) -> int:
     return len(new)
 
 
-def make_optimizer(model: VEGA, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; norms, biases, the temperature and relative position tables do not decay."""
-    decays, stays = [], []
+def make_optimizer(model: VEGA, lr: float, weight_decay: float, bert_lr: float, beta2: float) -> torch.optim.AdamW:
+    """AdamW. Norms, biases, the temperature and relative position tables do not decay.
+
+    BERT's learning rate is a share of the others', `bert_lr`: "share" in its groups.
+    """
+    groups = {(share, stays): [] for share in (bert_lr, 1.0) for stays in (False, True)}
     for name, parameter in model.named_parameters():
-        (stays if parameter.dim() < 2 or name.endswith("relative_position_bias_table") else decays).append(parameter)
+        stays = parameter.dim() < 2 or name.endswith("relative_position_bias_table")
+        groups[bert_lr if name.startswith("bert.") else 1.0, stays].append(parameter)
     return torch.optim.AdamW(
-        [{"params": decays}, {"params": stays, "weight_decay": 0.0}], lr, weight_decay=weight_decay, fused=True
-    )
+        [{"params": group, "share": share, "weight_decay": 0.0 if stays else weight_decay}
+         for (share, stays), group in groups.items()], lr, betas=(0.9, beta2), fused=True,
+    )  # fmt: skip
 
 
 # The log and the checkpoints
