@@ -61,7 +61,7 @@ class VEGAConfig:
         """For the generated shapes: three stages, so that stage 3 has 8 x 8 pixels to select from at 128 x 128."""
         bert = dict(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
         sizes = dict(
-            image_size=128, embed_dim=24, depths=(1, 2, 2), num_heads=(2, 4, 4), window_size=8, drop_path=0.0,
+            image_size=128, embed_dim=24, depths=(1, 2, 2), num_heads=(4, 4, 4), window_size=4, drop_path=0.0,
             coordinates=True, attention_heads=2, decoder_width=32, dropout=0.0, contrastive=5.0,
             dice=1.0, bert=bert,
         )  # fmt: skip
