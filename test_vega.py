@@ -1440,7 +1440,7 @@ def test_a_hostile_checkpoint_is_refused_and_nothing_runs(tmp_path):
 def test_a_broken_checkpoint_is_refused(trained, tmp_path):
     (best,) = (trained / "runs").glob("*/best.pt")
     for value, message in (
-        (torch.full((1, 64), math.nan), "head.weight has values that are not finite"),
+        (torch.full((1, 32), math.nan), "head.weight has values that are not finite"),
         ([0.0], "head.weight is missing"),
     ):
         checkpoint = evaluate.read_checkpoint(best)
@@ -1704,7 +1704,7 @@ def test_photographs_honour_the_flags_of_the_model(trained, tmp_path, monkeypatc
         evaluate.main([*command, *flags])
     assert 0 < np.abs(seen[0] - seen[1]).max() < 0.1
     with pytest.raises(SystemExit, match="does not fit the model"):
-        evaluate.main([*command, "--image-size", "64"])
+        evaluate.main([*command, "--image-size", "32"])
 
 
 def test_ones_own_picture(trained, tmp_path, monkeypatch):
@@ -2171,7 +2171,7 @@ def test_one_two_and_four_processes_train_alike(small, tmp_path):
         ("evaluate.py", ["--image", "runs", "--expression", "red"], "there is no image runs"),
         ("evaluate.py", ["--device", "meta"], "it must be cpu or cuda"),
         ("train.py", ["--drop-path", "5"], "must lie in [0, 1)"),
-        ("evaluate.py", ["--image-size", "64"], "does not fit the model"),
+        ("evaluate.py", ["--image-size", "32"], "does not fit the model"),
         ("evaluate.py", ["--image-size", "62"], "must be a multiple of 4"),
     ],
 )

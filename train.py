@@ -34,15 +34,18 @@ from evaluate import main as evaluate_main
 from model import BERT_FIELDS, PRETRAINED_BERT, PRETRAINED_SWIN, VEGA, VEGAConfig, load_bert, load_swin
 from selection import VARIANTS
 
-# what each model is trained with unless a flag says otherwise; base: Sec. 4.1
+# What each model is trained with unless a flag says otherwise. base: Sec. 4.1. BERT learns at bert_lr * lr, and the
+# learning rate rises over the first `warmup` of the steps: a tiny model starts from nothing.
 RECIPES = {
     "tiny": dict(
-        epochs=4, batch_size=16, lr=1.4e-3, bert_lr=0.1, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10, workers=0
+        epochs=4, batch_size=16, lr=1.4e-3, bert_lr=0.1, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10,
+        workers=0,
     ),
     "base": dict(
-        epochs=40, batch_size=16, lr=3e-5, bert_lr=1.0, warmup=0.0, beta2=0.999, weight_decay=0.01, log_every=50, workers=4
+        epochs=40, batch_size=16, lr=3e-5, bert_lr=1.0, warmup=0.0, beta2=0.999, weight_decay=0.01, log_every=50,
+        workers=4,
     ),
-}
+}  # fmt: skip
 STOPPED = 75  # exit status of a run that a signal stopped and --resume goes on with; sysexits.h: try again
 RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "metrics.json")
 START_FLAGS = ("dataset", "model", "init", "swin", "bert", "no_pretrained")  # of a new run only
@@ -63,9 +66,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--variant", metavar="NAME", choices=VARIANTS, help="an ablation, listed below (default: vega)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16)")
     flag("--micro-batch", type=int, metavar="N", help="images per forward pass of a process; its share accumulates")
-    flag("--epochs", type=int, help="default: 40 for base, 3 for tiny")
+    flag("--epochs", type=int, help="default: 40 for base, 4 for tiny")
     flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays to zero over them")
-    flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 7e-4 for tiny)")
+    flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1.4e-3 for tiny)")
     flag("--weight-decay", type=float, help="default: 0.01; none on norms, biases and relative position tables")
     flag("--dropout", type=float, help="in BERT, the words' enhancement and the VIS block (base: 0.1, tiny: 0)")
     flag("--drop-path", type=float, help="stochastic depth of the last Swin block (base: 0.3, tiny: 0)")
