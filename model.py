@@ -18,7 +18,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from selection import INITIAL_LOG_TAU, VARIANTS, AttentionLayer, pixel_contrastive_loss
+from selection import INITIAL_LOG_TAU, VARIANTS, AttentionLayer, hide_padding, pixel_contrastive_loss
 
 
 def bert_base() -> dict:
@@ -112,9 +112,9 @@ class EarlyFusion(nn.Module):
         query = self.instance_norm(self.query(x))  # [B, N, C]
         # in fp32 also under autocast: from pixel to pixel these change little, and InstanceNorm leaves just the change
         with torch.autocast(x.device.type, enabled=False):
-            Q_l, hide_padding = Q_l.float(), (mask_l[:, None, :].float() - 1) * 1e4  # [B, T, D], [B, 1, T]
+            Q_l = Q_l.float()
             # one head, scaled by C ** -0.5
-            attended = F.scaled_dot_product_attention(query.float(), self.key(Q_l), self.value(Q_l), hide_padding)
+            attended = F.scaled_dot_product_attention(query.float(), self.key(Q_l), self.value(Q_l), hide_padding(mask_l))
             attended = self.instance_norm(self.project_attended(attended))  # [B, N, C]
         fused = F.gelu(self.project_fused(F.gelu(self.project_vision(x)) * attended))
         return fused, None if self.gate is None else x + self.gate(fused) * fused

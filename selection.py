@@ -1,15 +1,13 @@
 """Visual information selection (VIS): Algorithm 1 of the paper in its own symbols, and Eq. 1-5.
 
-    B batch, T tokens of the expression (the first is [CLS], the last ones may be padding), N pixels of the
-    last vision stage, D channels, K = int(N * ratio), at least one
+    B  samples of a batch
+    T  tokens of an expression: [CLS], its words, [SEP], padding
+    N  pixels of the last vision stage
+    D  channels
+    K  pixels that each token selects, int(N * ratio)
 
-Each token selects the K pixels that are most similar to it and gathers them into one *visual expression*
-token. Two things look odd at first and are the paper's:
-
-* S_norm already sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4), so
-  that E is a small vector. It is the query of the cross-attention, whose values are pixels at full size.
-* cosine similarities lie in [-1, 1] and the softmax has no temperature, so no selected pixel can weigh more
-  than e^2 = 7.4 times another.
+Each token selects the K pixels that are most similar to it and gathers them into one token of the *visual expression*.
+A comment or docstring with "ours:" marks what the paper does not give.
 """
 
 import math
@@ -21,20 +19,25 @@ from torch import Tensor, nn
 
 
 class Selection(NamedTuple):
-    """What the VIS block returns; the shapes are VEGA's, a variant with others says so."""
+    """What a VIS block returns. The shapes are VEGA's; an ablation with others says so."""
 
-    G: Tensor  # [B, 2T, D] the guidance set: linguistic, then visual expression tokens
-    mask_G: Tensor  # [B, 2T] 0 where the token belongs to padding
-    S: Tensor | None  # [B, T, N] cosine similarities; row 0 is the [CLS] token's; None in a variant without
-    M: Tensor | None  # [B, T, N] 1 at the K pixels that each token selected, else 0
+    G: Tensor  # [B, 2T, D] the guidance set: linguistic tokens, then the visual expression
+    mask_G: Tensor  # [B, 2T] 0 for tokens of padding
+    S: Tensor | None  # [B, T, N] cosine similarities; the first row is [CLS]'s. None if nothing is selected
+    M: Tensor | None  # [B, T, N] 1 at the K pixels that each token selects, else 0. None if nothing is selected
+
+
+def hide_padding(mask_l: Tensor) -> Tensor:
+    """mask_l [B, R], 1 for real tokens -> [B, 1, R] to add to attention scores: 0 for real tokens, -1e4 for padding."""
+    return (mask_l[:, None].float() - 1) * 1e4
 
 
 class AttentionLayer(nn.Module):
-    """The paper's cross- and self-attention layer; ours is multi-head attention, residual, LayerNorm.
+    """The paper's attention layer. Ours: multi-head attention, a residual, LayerNorm, as in BERT.
 
     Args:
         dim: channels of the queries and of the output.
-        kv_dim: channels of the keys and values, `dim` if not given.
+        kv_dim: channels of the keys and values; `dim` if not given.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, kv_dim: int | None = None, dropout: float = 0.0):
@@ -48,42 +51,47 @@ class AttentionLayer(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, q: Tensor, kv: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q [B, Q, dim], kv [B, R, kv_dim] -> [B, Q, dim].
+    def forward(self, q: Tensor, kv: Tensor, mask_l: Tensor | None = None) -> Tensor:
+        """q [B, Q, dim], kv [B, R, kv_dim], mask_l [B, R] 1 for the keys that are real -> [B, Q, dim]."""
+        return self.attend(q, kv, None if mask_l is None else hide_padding(mask_l))
 
-        A mask of three dimensions is additive, [B, Q, R] (0 keeps, -1e4 hides: M_hat); one of two dimensions
-        tells which keys are real, [B, R] (1 or 0: mask_l).
-        """
+    def attend(self, q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with a bias [B, 1 or Q, R] that is added to the scores of every head."""
         query, key, value = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, Q or R, dim / heads]
             for linear, x in ((self.query, q), (self.key, kv), (self.value, kv))
         )
-        if mask is not None:
-            if mask.dim() == 2:
-                mask = (mask[:, None, :].to(query.dtype) - 1) * 1e4  # [B, 1, R]
-            mask = mask[:, None].to(query.dtype)  # the same for every head
+        if bias is not None:
+            bias = bias[:, None].to(query.dtype)  # [B, 1, 1 or Q, R]
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        attended = F.scaled_dot_product_attention(query, key, value, bias, dropout)
         attended = self.out(attended.transpose(1, 2).flatten(2))  # [B, Q, dim]
         return self.norm(q + F.dropout(attended, self.dropout, self.training))
 
 
-def binary_mask(rank_index: Tensor, N: int) -> Tensor:
-    """Pixel numbers [B, T, K] -> [B, T, N], 1 at those pixels and 0 elsewhere (m_n of Eq. 2)."""
-    return torch.zeros(*rank_index.shape[:2], N, device=rank_index.device).scatter(-1, rank_index, 1.0)
+class TopKAttention(AttentionLayer):
+    """The cross-attention of Algorithm 1: each query sees the pixels that M_hat leaves it."""
+
+    def forward(self, q: Tensor, kv: Tensor, M_hat: Tensor | None = None) -> Tensor:
+        """q [B, T, dim], kv [B, N, dim], M_hat [B, T, N] 0 for selected pixels and -1e4 for others -> [B, T, dim]."""
+        return self.attend(q, kv, M_hat)
 
 
 class VISBlock(nn.Module):
-    """Algorithm 1: `forward` has its comments in its order; a comment with "ours:" is not the pseudocode's.
+    """Algorithm 1, with its comments in its order.
 
-    The lines that some ablation changes are methods, which follow `forward`.
+    Two things look like mistakes, are the paper's, and are kept:
+
+    * S_norm sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4). E is the query of the
+      cross-attention and its residual. Divided by K it adds almost nothing there.
+    * The cosine similarities in S lie in [-1, 1], and the softmax has no temperature. No selected pixel can weigh more
+      than e^2 = 7.4 times another. The tau of Eq. 5 could not change which pixels are selected.
 
     Args:
         dim: channels D of both features.
-        ratio: K / N, the share of the pixels that each token selects; 0.3 in the paper (Table 6).
+        num_heads, dropout: ours, of both attention layers.
+        ratio: the share of the pixels that each token selects; 0.3 in the paper (Table 6).
     """
-
-    unused: tuple[str, ...] = ()  # ours: layers that a variant has no use for; they are left out of it
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -92,16 +100,25 @@ class VISBlock(nn.Module):
         self.ratio = ratio
         self.proj_v = nn.Linear(dim, dim)  # phi_v of Eq. 1
         self.proj_l = nn.Linear(dim, dim)  # phi_l
-        self.cross_attention = AttentionLayer(dim, num_heads, dropout=dropout)
+        self.cross_attention = TopKAttention(dim, num_heads, dropout=dropout)
         self.self_attention = AttentionLayer(dim, num_heads, dropout=dropout)
-        for layer in self.unused:
-            delattr(self, layer)
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        """F_v [B, N, D] vision features, Q_l [B, T, D] linguistic features, mask_l [B, T] 1 for real words."""
+        """Select pixels for each token, and make the guidance set of them.
+
+        The choice of the pixels has no gradient. The projections learn from Eq. 5, through the similarities of [CLS],
+        and a little from the weights S_norm.
+
+        Args:
+            F_v: [B, N, D] vision features.
+            Q_l: [B, T, D] linguistic features. VEGA's have looked at F_v already ("enhanced", Table 2, last row).
+            mask_l: [B, T] 1 for real tokens, 0 for padding. [SEP] and padding select pixels like any word. Padding does
+                no harm: the self-attention and the decoder never look at it.
+        """
         # ours: in fp32 also under autocast, since similarities rounded to bf16 can select other pixels
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
+            K = max(1, int(F_v.shape[1] * self.ratio))  # ours: at least one
 
             # joint multimodal embedding
             X = F.normalize(self.proj_v(F_v), dim=-1)  # [B, N, D]
@@ -111,120 +128,146 @@ class VISBlock(nn.Module):
             S = Y @ X.mT  # [B, T, N]
 
             # top-k ranking of similarity scores
+            rank_index = S.topk(K, dim=-1).indices  # [B, T, K]
+
             # top-k mask generation
-            M = self.select(S)  # [B, T, N]
+            M = torch.zeros_like(S).scatter(-1, rank_index, 1.0)  # [B, T, N]
 
             # non top-k similarity scores masking
             # & top-k ranked similarities normalization
-            M_hat = M * 1e4 - 1e4  # [B, T, N], -1e4 for the minus infinity of Eq. 2
-            S_norm = self.normalise(S, M_hat)  # [B, T, N]
+            M_hat = M * 1e4 - 1e4  # [B, T, N]
+            S_norm = torch.softmax(S + M_hat, dim=-1)  # [B, T, N]
 
-            # expand dimension of F_v, M, S_norm
             # weighted average summation
-            E = self.weigh(M, S_norm, F_v)  # [B, T, D]
+            # ours: the pseudocode expands F_v, M and S_norm to [B, T, N, D] and sums over N: this matrix product
+            E = (M * S_norm) @ F_v / K  # [B, T, D]
 
         # the visual expression extracted by the cross-attention with
         # top-k pixels
+        Q_v = self.cross_attention(E, F_v, M_hat)  # [B, T, D]
+
         # considering the visual contexts via the self-attention
-        Q_v = self.attend(E, F_v, M_hat, mask_l)  # [B, T, D]
+        Q_v = self.self_attention(Q_v, Q_v, mask_l)  # [B, T, D]
 
         # new guidance set
         G = torch.cat([Q_l, Q_v], dim=1)  # [B, 2T, D]
-        mask_G = torch.cat([mask_l, mask_l], dim=1)  # ours: the decoder looks at no padding
+        mask_G = torch.cat([mask_l, mask_l], dim=1)  # ours: [B, 2T], for the decoder
         return Selection(G, mask_G, S, M)  # ours: S for Eq. 5, M for pictures
-
-    def K(self, N: int) -> int:
-        """int(N * ratio); ours: at least one."""
-        return max(1, int(N * self.ratio))
-
-    def select(self, S: Tensor) -> Tensor:
-        """S -> M, both [B, T, N] (Eq. 1-3)."""
-        N = S.shape[-1]
-        rank_index = S.topk(self.K(N), dim=-1).indices  # [B, T, K]
-        return binary_mask(rank_index, N)
-
-    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
-        """S and M_hat -> S_norm, all [B, T, N] (Eq. 4)."""
-        return torch.softmax(S + M_hat, dim=-1)
-
-    def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
-        """M and S_norm [B, T, N], F_v [B, N, D] -> the intermediate visual tokens E [B, T, D] (Eq. 4)."""
-        # ours: the pseudocode multiplies all three as [B, T, N, D] and sums over N. That is this matrix product.
-        # (VEGA's S_norm is zero outside M already; M stands here because Eq. 4 has it.)
-        return (M * S_norm) @ F_v / self.K(F_v.shape[1])
-
-    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
-        """E [B, T, D], F_v [B, N, D], M_hat [B, T, N], mask_l [B, T] -> the visual expression Q_v [B, T, D] (Eq. 4)."""
-        Q_v = self.cross_attention(E, F_v, M_hat)  # F_topk of Eq. 4 is what M_hat leaves of F_v
-        return self.self_attention(Q_v, Q_v, mask_l)
 
 
 INITIAL_LOG_TAU = math.log(0.07)  # ours: the model learns log tau, from here, so that tau stays positive
 
 
 def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Tensor:
-    """Eq. 5, computed in fp32. Ours: s is resized to the mask, and the mean is taken over the mask's pixels.
+    """Eq. 5, in fp32. Ours: s is resized to the mask, and the mean is taken over the mask's pixels.
 
     Args:
-        s: [B, h, w] the [CLS] row of S laid out as a map.
+        s: [B, h, w] the similarities of [CLS], its row of S, as a map.
         target: [B, H, W] 1 (or True) in Z+, the pixels of the target, 0 in Z-.
         tau: temperature, positive.
     """
-    logits = F.interpolate((s.float() / tau)[:, None], target.shape[-2:], mode="bilinear")[:, 0]
+    logits = F.interpolate((s.float() / tau)[:, None], target.shape[-2:], mode="bilinear")[:, 0]  # [B, H, W]
     # -log(sigmoid(x)) on Z+, -log(1 - sigmoid(x)) on Z-
     return F.binary_cross_entropy_with_logits(logits, target.float())
 
 
-# The ablations: a class overrides the step that its row of the paper changes, or `forward` where other tokens select or
-# enter G; VARIANTS names every row, also those that only model.py tells apart. Leaving out Eq. 5 where [CLS] has no
-# similarities is ours. oIoU is the paper's, on RefCOCO val, where VEGA has 75.35. Table 6 is VISBlock's `ratio`.
+class Stepwise(nn.Module):
+    """Algorithm 1 in steps, each of which an ablation can replace. They return what VISBlock returns, bit for bit."""
 
+    layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # those that the ablation has a use for
+    selecting = slice(None)  # the tokens that select: all
 
-class LinguisticGuidance(VISBlock):
-    """Table 2: Q_l alone is the guidance set; row 1 (oIoU 73.31) BERT's own tokens, row 2 (73.91) the enhanced ones."""
-
-    unused = ("proj_v", "proj_l", "cross_attention", "self_attention")
+    def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
+        super().__init__()
+        self.ratio = ratio
+        for name in self.layers:
+            if name.startswith("proj"):
+                setattr(self, name, nn.Linear(dim, dim))
+            else:
+                layer = TopKAttention if name == "cross_attention" else AttentionLayer
+                setattr(self, name, layer(dim, num_heads, dropout=dropout))
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
+        tokens, mask = Q_l[:, self.selecting], mask_l[:, self.selecting]
+        with torch.autocast(F_v.device.type, enabled=False):
+            F_v, Q_l = F_v.float(), Q_l.float()
+            S = self.compare(F_v, tokens.float())
+            M = self.select(S)
+            M_hat = M * 1e4 - 1e4
+            E = self.gather(M, self.weigh(S, M_hat), F_v)
+        Q_v = self.attend(E, F_v, M_hat, mask)
+        return Selection(torch.cat([Q_l, Q_v], dim=1), torch.cat([mask_l, mask], dim=1), S, M)
+
+    def K(self, N: int) -> int:
+        return max(1, int(N * self.ratio))
+
+    def compare(self, F_v: Tensor, Q_l: Tensor) -> Tensor:
+        """F_v [B, N, D], Q_l [B, T, D] -> S [B, T, N] (Eq. 1)."""
+        return F.normalize(self.proj_l(Q_l), dim=-1) @ F.normalize(self.proj_v(F_v), dim=-1).mT
+
+    def select(self, S: Tensor) -> Tensor:
+        """S -> M, both [B, T, N] (Eq. 2-3)."""
+        return torch.zeros_like(S).scatter(-1, S.topk(self.K(S.shape[-1]), dim=-1).indices, 1.0)
+
+    def weigh(self, S: Tensor, M_hat: Tensor) -> Tensor:
+        """S, M_hat -> S_norm, all [B, T, N] (Eq. 4)."""
+        return torch.softmax(S + M_hat, dim=-1)
+
+    def gather(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
+        """M, S_norm [B, T, N], F_v [B, N, D] -> E [B, T, D] (Eq. 4)."""
+        return (M * S_norm) @ F_v / self.K(F_v.shape[1])
+
+    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
+        """E [B, T, D], F_v [B, N, D], M_hat [B, T, N], mask_l [B, T] -> Q_v [B, T, D] (Eq. 4)."""
+        Q_v = self.cross_attention(E, F_v, M_hat)
+        return self.self_attention(Q_v, Q_v, mask_l)
+
+
+class LinguisticGuidance(Stepwise):
+    """Table 2, rows 1 and 2: the linguistic tokens alone are the guidance set."""
+
+    layers = ()
+
+    def forward(self, F_v: Tensor | None, Q_l: Tensor, mask_l: Tensor) -> Selection:
         return Selection(Q_l, mask_l, None, None)  # G [B, T, D]
 
 
-class AllPixels(VISBlock):
-    """Table 3a, row 1 (oIoU 74.16): every pixel token of F_v enters G. Nothing is selected: no S, and no Eq. 5."""
+class AllPixels(Stepwise):
+    """Table 3a, row 1: every pixel token of F_v enters G."""
 
-    unused = ("proj_v", "proj_l", "cross_attention", "self_attention")
+    layers = ()
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         G = torch.cat([Q_l, F_v], dim=1)  # [B, T + N, D]
         return Selection(G, F.pad(mask_l, (0, F_v.shape[1]), value=1), None, None)
 
 
-class TopKPixels(VISBlock):
-    """Table 3a, row 2 (oIoU 74.58): the K pixel tokens that [CLS] selects enter G as they are.
+class TopKPixels(Stepwise):
+    """Table 3a, row 2: the K pixel tokens that [CLS] selects enter G as they are.
 
-    A choice of pixels has no gradient: Eq. 5 alone teaches the projections.
+    Eq. 5 alone teaches the projections.
     """
 
-    unused = ("cross_attention", "self_attention")
+    layers = ("proj_v", "proj_l")
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        G, _, S, M = super().forward(F_v, Q_l[:, :1], mask_l[:, :1])  # of [CLS] alone: G [B, 1 + K, D], S, M [B, 1, N]
-        G = torch.cat([Q_l, G[:, 1:]], dim=1)  # [B, T + K, D]
-        return Selection(G, F.pad(mask_l, (0, G.shape[1] - mask_l.shape[1]), value=1), S, M)
+        with torch.autocast(F_v.device.type, enabled=False):
+            F_v, Q_l = F_v.float(), Q_l.float()
+            S = self.compare(F_v, Q_l[:, :1])  # [B, 1, N]
+        rank_index = S[:, 0].topk(self.K(S.shape[-1])).indices.sort().values  # [B, K]
+        F_topk = F_v.take_along_dim(rank_index[..., None], dim=1)  # [B, K, D]
+        G = torch.cat([Q_l, F_topk], dim=1)  # [B, T + K, D]
+        return Selection(G, F.pad(mask_l, (0, F_topk.shape[1]), value=1), S, self.select(S))
 
-    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
-        rank_index = M_hat[:, 0].topk(self.K(F_v.shape[1])).indices.sort().values  # [B, K] pixels that it leaves
-        return F_v.take_along_dim(rank_index[..., None], dim=1)  # F_topk [B, K, D]
 
+class NoCues(Stepwise):
+    """Table 3b, row 1: neither [CLS] nor the words select; learned queries gather from all pixels.
 
-class NoCues(VISBlock):
-    """Table 3b, row 1 (oIoU 73.84): neither cue selects; learned queries gather from all pixels. No S, no Eq. 5.
-
-    The paper says only that both cues are gone; its figure is not the one of G without visual tokens (73.91). Ours are
-    the queries, as many as the longest expression has tokens, 21.
+    Ours: the learned queries, as many as the longest expression has tokens, 21. The paper says only that both cues are
+    gone, and its figure is not the one of G without visual tokens (Table 2, row 2).
     """
 
-    unused = ("proj_v", "proj_l")
+    layers = ("cross_attention", "self_attention")
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__(dim, num_heads, ratio, dropout)
@@ -238,90 +281,92 @@ class NoCues(VISBlock):
         return Selection(G, F.pad(mask_l, (0, E.shape[1]), value=1), None, None)
 
 
-class LocalOnly(VISBlock):
-    """Table 3b, row 2 (oIoU 74.86): the words select, [CLS] does not. Its rows of S and M are zero; no Eq. 5."""
+class LocalOnly(Stepwise):
+    """Table 3b, row 2: the words select, [CLS] does not: its rows of S and M are zero. G is [B, 2T - 1, D]."""
+
+    selecting = slice(1, None)
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        G, mask_G, S, M = super().forward(F_v, Q_l[:, 1:], mask_l[:, 1:])
-        G = torch.cat([Q_l[:, :1], G], dim=1)  # [B, 2T - 1, D]
-        return Selection(G, F.pad(mask_G, (1, 0), value=1), F.pad(S, (0, 0, 1, 0)), F.pad(M, (0, 0, 1, 0)))
+        G, mask_G, S, M = super().forward(F_v, Q_l, mask_l)  # S and M [B, T - 1, N]
+        return Selection(G, mask_G, F.pad(S, (0, 0, 1, 0)), F.pad(M, (0, 0, 1, 0)))
 
 
-class GlobalOnly(TopKPixels):
-    """Table 3b, row 3 (oIoU 74.93): [CLS] selects, the words do not; S and M have its row alone, G is [B, T + 1, D].
+class GlobalOnly(Stepwise):
+    """Table 3b, row 3: [CLS] selects, the words do not: S and M have its row alone. G is [B, T + 1, D].
 
-    (The table as printed ticks both cues in this row; Sec. 4.3.3 tells which figure is which.) Ours: no
-    self-attention, since the one visual token has no other to look at.
+    The table as printed ticks both cues in this row; Sec. 4.3.3 tells which figure is which. Ours: no self-attention,
+    since the one visual token has no other to look at.
     """
 
-    unused = ("self_attention",)
+    layers = ("proj_v", "proj_l", "cross_attention")
+    selecting = slice(0, 1)
 
     def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
         return self.cross_attention(E, F_v, M_hat)
 
 
-class SigmoidThreshold(VISBlock):
-    """Table 4a, row 1 (oIoU 74.81): a pixel is selected where the sigmoid of its similarity exceeds 0.5.
+class SigmoidThreshold(Stepwise):
+    """Table 4a, row 1: a pixel is selected where the sigmoid of its similarity exceeds 0.5. There is no ratio.
 
-    Ours: the mean divides by the number selected. A token may select nothing: its E is then zero, and M_hat, the
-    same for every pixel, hides none from it. There is no ratio.
+    Ours: the mean divides by the number of pixels selected. A token may select none. Then its E is zero, and M_hat, the
+    same for every pixel, hides none from it.
     """
 
     def select(self, S: Tensor) -> Tensor:
         return (S.sigmoid() > 0.5).to(S.dtype)
 
-    def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
+    def gather(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
         return (M * S_norm) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)
 
 
-class NoSimilarityWeights(VISBlock):
-    """Table 4c, row 1 (oIoU 75.05): E is the plain mean of the selected pixels: weights that sum to K times VEGA's.
+class NoSimilarityWeights(Stepwise):
+    """Table 4c, row 1: E is the plain mean of the selected pixels. Eq. 5 alone teaches the projections.
 
-    Eq. 5 alone teaches the projections.
+    Its weights sum to one, those of VEGA to 1 / K.
     """
 
-    def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
+    def gather(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
         return M @ F_v / self.K(F_v.shape[1])
 
 
-class NoNormalisation(VISBlock):
-    """Table 4d, row 1 (oIoU 74.97): the similarities weigh as they are, also negative ones. Ours: M still selects."""
+class NoNormalisation(Stepwise):
+    """Table 4d, row 1: the similarities weigh as they are, also negative ones. Ours: M still selects."""
 
-    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+    def weigh(self, S: Tensor, M_hat: Tensor) -> Tensor:
         return S
 
 
-class UnmaskedSoftmax(VISBlock):
-    """Table 4d, row 2 (oIoU 75.14): the softmax runs over all pixels. Ours: M still selects, after it."""
+class UnmaskedSoftmax(Stepwise):
+    """Table 4d, row 2: the softmax runs over all pixels. Ours: M still selects, after it."""
 
-    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+    def weigh(self, S: Tensor, M_hat: Tensor) -> Tensor:
         return torch.softmax(S, dim=-1)
 
 
-class NoCrossAttention(VISBlock):
-    """Table 4e, row 1 (oIoU 74.23): the intermediate tokens E go straight to the self-attention."""
+class NoCrossAttention(Stepwise):
+    """Table 4e, row 1: the intermediate tokens E go straight to the self-attention."""
 
-    unused = ("cross_attention",)
+    layers = ("proj_v", "proj_l", "self_attention")
 
     def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
         return self.self_attention(E, E, mask_l)
 
 
-class SumOnce(VISBlock):
-    """Ours, beyond the paper: E is the weighted mean alone, not divided by K once more."""
+class SumOnce(Stepwise):
+    """Ours, beyond the paper: E is the weighted mean, not divided by K once more."""
 
-    def weigh(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
+    def gather(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
         return (M * S_norm) @ F_v
 
 
-class Sharp(VISBlock):
-    """Ours, beyond the paper: the softmax is over S / tau, so that a token's most similar pixels weigh far more."""
+class Sharp(Stepwise):
+    """Ours, beyond the paper: the softmax runs over S / tau, so that a token's most similar pixels weigh far more."""
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__(dim, num_heads, ratio, dropout)
-        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))  # VEGA takes it for Eq. 5 as well
+        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))  # VEGA puts Eq. 5's in its place
 
-    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+    def weigh(self, S: Tensor, M_hat: Tensor) -> Tensor:
         return torch.softmax(S / self.log_tau.exp() + M_hat, dim=-1)
 
 
@@ -335,9 +380,9 @@ class Variant(NamedTuple):
     table: str
     row: str
     oIoU: float | None  # the paper's, on RefCOCO val, in per cent; None for ours
-    block: type[VISBlock] = VISBlock
+    block: type[nn.Module] = VISBlock
     enhanced: bool = True  # the linguistic tokens look at F_v before they select and enter G
-    contrastive: bool = True  # Eq. 5 is in the loss; it needs the similarities of [CLS]
+    contrastive: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
 
 
 VARIANTS = {
