@@ -13,6 +13,7 @@ import argparse
 import codecs
 import contextlib
 import functools
+import gc
 import io
 import itertools
 import json
@@ -245,12 +246,12 @@ def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
 
 
 def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
-    """An RGB image of any size -> uint8 [3, image_size, image_size]; `normalise` makes the model's input of it."""
+    """An RGB image of any size -> uint8 [3, image_size, image_size]; `standardise` makes the model's input of it."""
     pixels = np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
+def standardise(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, 3, S, S] -> float, as ImageNet's models expect it; on the model's device, since bytes travel faster."""
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
     return (images / 255 - mean) / std
@@ -271,16 +272,14 @@ def make_tokenizer(expressions: list[str]) -> BertTokenizer:
     return BertTokenizer(vocab={word: i for i, word in enumerate(special + sorted(words))}, do_lower_case=True)
 
 
-def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expressions -> input_ids and attention_mask, int64 [E, max_tokens]; cut, with [SEP] kept, and padded."""
-    parts = []
+def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> dict[str, torch.Tensor]:
+    """Expressions -> "input_ids" and "attention_mask", int64 [E, max_tokens]; cut, with [SEP] kept, and padded."""
+    names, parts = ("input_ids", "attention_mask"), []
     for start in range(0, len(expressions), 4096):  # in parts: what the tokenizer returns beside the ids is large
-        encoded = tokenizer(
-            expressions[start : start + 4096], padding="max_length", truncation=True, max_length=max_tokens
-        )
-        parts.append([torch.tensor(encoded[key]) for key in ("input_ids", "attention_mask")])
-    input_ids, attention_mask = map(torch.cat, zip(*parts))
-    return input_ids, attention_mask
+        some = expressions[start : start + 4096]
+        encoded = tokenizer(some, padding="max_length", truncation=True, max_length=max_tokens)
+        parts.append({name: torch.tensor(encoded[name]) for name in names})
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
 # The dataset
@@ -392,18 +391,26 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
 
 
 class RefDataset(torch.utils.data.Dataset):
-    """One split of a REFER-format dataset.
+    """One split of a REFER-format dataset. Raises InputError if something is not in order.
 
     Training: item (epoch, i) is object i with one of its sentences, drawn from (seed, epoch, i), so that neither
     workers nor ranks change it. Evaluation: item i is sentence i, and every sentence of every object has its turn.
 
     Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
-    int64 [max_tokens], "index" the number of the sentence in `sentences`. The tokenizer is set by `use`, since
-    a new one is made of the training split's own words. For `name` see `locate`; `data` is the folder of the known
-    datasets, `images` that of the images where they lie elsewhere. Raises InputError if something is not in order.
+    int64 [max_tokens], "index" the number of the sentence in `sentences`.
+
+    Args:
+        name: see `locate`.
+        data: the folder of the known datasets.
+        images: that of the images, where they lie elsewhere.
+        tokenizer: without one, items have no tokens.
     """
 
-    def __init__(self, name: str, split: str, data: str | Path = "data", images: str | None = None):
+    def __init__(
+        self, name: str, split: str, data: str | Path = "data", images: str | None = None,
+        tokenizer: BertTokenizer | None = None, max_tokens: int = 21, image_size: int = 480, training: bool = False,
+        seed: int = 0,
+    ):  # fmt: skip
         self.name, self.split = name, split
         objects, self.folder = read_dataset(name, str(data), images)
         if split not in objects:
@@ -414,13 +421,9 @@ class RefDataset(torch.utils.data.Dataset):
         self.objects = objects[split]
         self.sentences = [(number, raw) for number, item in enumerate(self.objects) for raw in item.sentences]
         self.first = np.cumsum([0] + [len(item.sentences) for item in self.objects])  # sentence of each object
-
-    def use(self, tokenizer: BertTokenizer, max_tokens: int, image_size: int, training: bool, seed: int = 0):
-        """Set what a model asks of its items; returns the dataset."""
-        self.input_ids, self.attention_mask = tokenize(tokenizer, self.expressions, max_tokens)
         self.image_size, self.training, self.seed = image_size, training, seed
+        self.tokens = tokenize(tokenizer, self.expressions, max_tokens) if tokenizer else {}
         self.decoded = (None, None)  # the last image's id and input
-        return self
 
     @property
     def expressions(self) -> list[str]:
@@ -440,8 +443,7 @@ class RefDataset(torch.utils.data.Dataset):
         return {
             "image": self.decoded[1],
             "mask": torch.from_numpy(np.array(mask)),
-            "input_ids": self.input_ids[index],
-            "attention_mask": self.attention_mask[index],
+            **{name: values[index] for name, values in self.tokens.items()},
             "index": index,
         }
 
@@ -471,6 +473,25 @@ class RefDataset(torch.utils.data.Dataset):
             return rasterize(json.loads(item.segmentation), item.height, item.width)
         except InputError as error:
             raise InputError(f"ref {item.ref_id} of {self.name}: {error}") from None
+
+
+def load_batches(dataset: RefDataset, batches, workers: int, device: torch.device):
+    """An iterator over the batches, which are lists of items or a batch sampler."""
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(0), worker_init_fn=leave_process_group,
+    )  # fmt: skip
+    gc.collect()
+    gc.freeze()  # the loader's processes leave alone the memory that they share with this one: no garbage search there
+    iterator = iter(loader)
+    gc.unfreeze()
+    return iterator
+
+
+def leave_process_group(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM go to whole groups, but who is told to stop may still want this loader's images."""
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
 
 
 # Pictures, and the check before a long run

@@ -8,7 +8,6 @@ Under torchrun the batches are dealt to the ranks, and no sample is counted twic
 """
 
 import argparse
-import gc
 import itertools
 import json
 import math
@@ -21,15 +20,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
 
 from data import (
-    DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, normalise, open_image, overlay, sheet,
-    to_input, to_rgb, tokenize,
+    DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, load_batches, open_image, overlay, sheet,
+    standardise, to_input, to_rgb, tokenize,
 )  # fmt: skip
-from model import VEGA, VEGAConfig, check_fit
+from model import VEGA, newest_run, read_checkpoint, restore
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 BATCH_SIZE = 16  # of evaluation; fixed, since another batch may round another way
@@ -97,115 +95,24 @@ def in_any_process(flag: bool) -> bool:
     return bool(votes)
 
 
-def random_inputs(config: VEGAConfig, batch_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """image, input_ids, attention_mask and mask of full length, to try a model on."""
-    image = torch.randn(batch_size, 3, config.image_size, config.image_size, device=device)
-    input_ids = torch.randint(5, config.bert["vocab_size"], (batch_size, config.max_tokens), device=device)
-    return image, input_ids, torch.ones_like(input_ids), image[:, 0] > 1.5
-
-
-def compiled(model: torch.nn.Module, config: VEGAConfig, batch_size: int, device: torch.device, precision: str):
-    """The model through torch.compile, tried once; where the compiler fails in any process, the model as it is in all.
-
-    Another error, such as too little memory, is raised.
-    """
-    call, failed = torch.compile(model), False
-    try:
-        with autocast(device, precision):
-            call(*random_inputs(config, batch_size, device)[:3])
-    except torch._dynamo.exc.TorchDynamoException as error:
-        cause = getattr(error, "inner_exception", error)
-        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
-            raise
-        failed = True
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        print(f"--compile does not work here ({reason}); going on without it", flush=True)
-    return model if in_any_process(failed) else call
-
-
-def start_loader(loader: torch.utils.data.DataLoader):
-    """Its iterator, whose processes leave the memory that they share with this one alone: no garbage search there."""
-    gc.collect()
-    gc.freeze()
-    iterator = iter(loader)
-    gc.unfreeze()
-    return iterator
-
-
-def leave_process_group(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM go to whole groups, but who is told to stop may still want this loader's images."""
-    if hasattr(os, "setpgid"):  # not on Windows
-        os.setpgid(0, 0)
-
-
 def model_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The arguments of VEGA's forward from a batch of RefDataset, on the device, as long as its longest expression."""
     longest = int(batch["attention_mask"].sum(1).max())
     image, input_ids, attention_mask = (
         batch[key].to(device, non_blocking=True) for key in ("image", "input_ids", "attention_mask")
     )
-    return normalise(image), input_ids[:, :longest], attention_mask[:, :longest]
+    return standardise(image), input_ids[:, :longest], attention_mask[:, :longest]
 
 
-# Checkpoints
-
-FORMAT = 1  # of the checkpoint; raise it when an older reader would misread a newer file
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's plain dict, on the CPU. Raises InputError if the file is not one, without running any of it."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; the checkpoint is a file in it, such as {path / 'best.pt'}")
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}. Train one first: python train.py")
-    try:
-        with open(path, "rb") as file:  # so that a disk that can't be read is an OSError
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of zip, pickle or torch, whose own text would advise to load without weights_only
-        if isinstance(error, (OSError, MemoryError)) or "alloc" in str(error):
-            raise  # nothing is wrong with the file
-        reason = "it is another kind of file, was cut short, or holds more than plain data"
-        raise InputError(f"{path} can't be read as a checkpoint: {reason}") from None
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise InputError(f"{path} is not a checkpoint of this program")
-    if checkpoint["format"] != FORMAT:
-        raise InputError(f"{path} has format {checkpoint['format']}, this program reads format {FORMAT}: update it")
-    parts = "config model tokenizer step best precision dataset args optimizer sums logged_step"
-    absent = set(parts.split()) - checkpoint.keys()
-    if absent:
-        raise InputError(f"{path} lacks {', '.join(sorted(absent))}: it is not a whole checkpoint")
-    return checkpoint
-
-
-def restore(checkpoint: dict, device: torch.device, **overrides) -> tuple[VEGA, BertTokenizer]:
-    """The model, ready to evaluate, and its tokenizer. overrides: fields of VEGAConfig, such as image_size."""
-    try:
-        model = VEGA(VEGAConfig(**{**checkpoint["config"], **overrides}))
-        check_fit("the checkpoint", model.state_dict(), checkpoint["model"])
-        model.load_state_dict(checkpoint["model"])
-        return model.to(device).eval(), BertTokenizer(**checkpoint["tokenizer"])
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(str(error).splitlines()[0]) from None
-
-
-def newest_run(file: str) -> Path:
-    """The newest runs/*/FILE."""
-    found = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise InputError(f"there is no run with a {file} under runs/ yet. Train one first: python train.py")
-    return found[-1]
+# Masks of photographs
 
 
 class Segmenter:
-    """A trained model for one's own pictures: mask = segment(image, expression)."""
+    """A trained model for one's own pictures: segment = load(checkpoint), mask = segment(image, expression)."""
 
-    def __init__(
-        self, checkpoint: str | Path, device: str | None = None, precision: str = "fp32", image_size: int | None = None
-    ):
+    def __init__(self, checkpoint: str | Path, device: str | None = None, precision: str = "fp32"):
         self.device, self.precision = pick_device(device), precision
-        overrides = {"image_size": image_size} if image_size else {}
-        self.model, self.tokenizer = restore(read_checkpoint(checkpoint), self.device, **overrides)
+        self.model, self.tokenizer = restore(read_checkpoint(checkpoint), self.device)
 
     def __call__(self, image: Image.Image | str | Path, expression: str) -> np.ndarray:
         """The pixels that the expression names: bool [height, width] at the image's own size."""
@@ -219,20 +126,14 @@ class Segmenter:
             raise InputError("the expression is empty: say what to segment, such as 'the man on the left'")
         config = self.model.config
         expressions = [expression.encode(errors="replace").decode() for expression in expressions]
-        input_ids, attention_mask = tokenize(self.tokenizer, expressions, config.max_tokens)
-        batch = {
-            "image": to_input(image, config.image_size).expand(len(expressions), -1, -1, -1),
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-        }
+        batch = tokenize(self.tokenizer, expressions, config.max_tokens)
+        batch["image"] = to_input(image, config.image_size).expand(len(expressions), -1, -1, -1)
         with autocast(self.device, self.precision):
             logits = self.model(*model_inputs(batch, self.device))["logits"]
         return F.interpolate(logits[:, None], (image.height, image.width), mode="bilinear")[:, 0].cpu().numpy()
 
 
-def load(checkpoint: str | Path, device: str | None = None) -> Segmenter:
-    """A checkpoint -> a callable: mask = segment(image, expression), bool [height, width] at the image's own size."""
-    return Segmenter(checkpoint, device)
+load = Segmenter
 
 
 # Scores
@@ -258,7 +159,7 @@ class Metrics:
         self.counts += zip(map(int, index), intersection, union)
         self.measures += zip(map(int, index), measures or ())
 
-    def all_reduce(self) -> None:
+    def all_gather(self) -> None:
         """Put the counts of all processes together, in every process."""
         if dist.is_initialized():
             parts = [None] * world()
@@ -341,13 +242,13 @@ def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     source = np.empty_like(order)
     source[order] = np.roll(order, sizes.max())
     dataset.sentences = [(number, dataset.sentences[s][1]) for (number, _), s in zip(dataset.sentences, source)]
-    dataset.input_ids, dataset.attention_mask = dataset.input_ids[source], dataset.attention_mask[source]
+    dataset.tokens = {name: values[source] for name, values in dataset.tokens.items()}
 
 
 @torch.no_grad()
 def evaluate(
-    model: VEGA, dataset: RefDataset, device: torch.device, precision: str = "fp32", batch_size: int = BATCH_SIZE,
-    workers: int = 0, resolution: str = "input", forward=None,
+    model: VEGA, dataset: RefDataset, device: torch.device, precision: str = "fp32", workers: int = 0,
+    resolution: str = "input",
 ) -> Metrics:  # fmt: skip
     """Count every sentence of every object once, whatever the number of processes.
 
@@ -356,24 +257,18 @@ def evaluate(
     Args:
         resolution: "input" compares at the model's input size with the mask resized to it by nearest (the
             paper's peers' protocol); "original" at the image's own size, the logits resized to it.
-        forward: the model, compiled.
     """
     model.eval()
-    forward = model if forward is None else forward  # a compiled model has no truth value
-    loader = DataLoader(
-        dataset, batch_sampler=fixed_batches(dataset, batch_size)[rank() :: world()], num_workers=workers,
-        pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
-        worker_init_fn=leave_process_group,
-    )  # fmt: skip
     metrics = Metrics()
+    batches = fixed_batches(dataset, BATCH_SIZE)[rank() :: world()]
     bar = tqdm(
-        start_loader(loader), f"{dataset.name} {dataset.split}", len(loader), leave=False, unit="batch",
-        disable=True if rank() else None,  # None: quiet when not a terminal
+        load_batches(dataset, batches, workers, device), f"{dataset.name} {dataset.split}", len(batches), leave=False,
+        unit="batch", disable=True if rank() else None,  # None: quiet when not a terminal
     )  # fmt: skip
     for batch in bar:
         inputs = model_inputs(batch, device)
         with autocast(device, precision):
-            output = forward(*inputs)
+            output = model(*inputs)
         measures = word_measures(output, inputs[2])
         if resolution == "input":
             metrics.update(output["logits"] > 0, batch["mask"].to(device), batch["index"], measures)
@@ -382,7 +277,7 @@ def evaluate(
             mask = torch.from_numpy(dataset.mask(index)).to(device)
             logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
             metrics.update(logits > 0, mask, [index], [measure])
-    metrics.all_reduce()
+    metrics.all_gather()
     return metrics
 
 
@@ -456,11 +351,8 @@ def common_flags(parser: argparse.ArgumentParser, default: str) -> None:
     flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder in REFER's format; default: {default}")
     flag("--data", metavar="DIR", help="where the known datasets are (default: data)")
     flag("--images", metavar="DIR", help="where the dataset's images are, if not where the README says")
-    flag("--image-size", type=int, metavar="PIXELS", help="side of the model's input")
-    flag("--workers", type=int, help="processes that load images (default: 4 for base, 0 for tiny)")
     flag("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     flag("--precision", choices=("fp32", "bf16"), help="default: bf16 on cards that have it, else fp32")
-    flag("--compile", action="store_true", help="compile the model with torch.compile")
     # fmt: on
 
 
@@ -468,7 +360,7 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace, at_
     """End the program with a message if a flag that was given is below its limit."""
     for name in (*at_least_1, *at_least_0):
         value, limit = getattr(args, name), int(name in at_least_1)
-        if value is not None and not value >= limit:
+        if value is not None and not limit <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is {value}, but must be at least {limit}")
 
 
@@ -478,7 +370,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # fmt: off
     flag("--checkpoint", metavar="FILE", help="default: best.pt of the newest run under runs/")
     flag("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
-    flag("--batch-size", type=int, help=f"images per forward pass (default: {BATCH_SIZE})")
     flag("--resolution", choices=("input", "original"), default="input",
          help="compare masks at the model's input size (the paper's protocol) or at the image's own")
     flag("--json", metavar="FILE", help="also write the scores there, split -> scores in per cent")
@@ -495,11 +386,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--image and --expression go together")
     if args.expression and not all(expression.strip() for expression in args.expression):
         parser.error("an expression is empty: say what to segment, such as 'the man on the left'")
-    others = "split dataset images workers batch_size compile pictures json per_sample shuffle_expressions".split()
+    others = "split dataset images pictures json per_sample shuffle_expressions".split()
     for name in others if args.image is not None else ():
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} does nothing with --image: leave one of them out")
-    check_numbers(parser, args, at_least_1=("batch_size",), at_least_0=("workers", "pictures"))
+    check_numbers(parser, args, at_least_0=("pictures",))
     for file in filter(None, (args.json, args.per_sample)):  # before the work, not after it
         if not Path(file).parent.is_dir():
             parser.error(f"there is no folder {Path(file).parent} to write {file} to")
@@ -522,7 +413,7 @@ def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
     names = [file.name for file in files]
     if len(set(names)) < len(names) or folder.resolve() in [file.parent.resolve() for file in files]:
         raise InputError(f"no two photographs may have one name, and none may lie in {folder}, where the masks go")
-    segment = Segmenter(checkpoint, args.device, args.precision or "fp32", args.image_size)
+    segment = Segmenter(checkpoint, args.device, args.precision or "fp32")
     for expression in args.expression:
         if segment.tokenizer.unk_token in segment.tokenizer.tokenize(expression.encode(errors="replace").decode()):
             print(f"note: the model has never seen some word of {expression!r}")
@@ -556,24 +447,17 @@ def main(argv: list[str] | None = None) -> dict | None:
         return segment_photographs(checkpoint_file, args)
     device = start_processes(args.device)
     checkpoint = read_checkpoint(checkpoint_file)
-    overrides = {"image_size": args.image_size} if args.image_size else {}
-    model, tokenizer = restore(checkpoint, device, **overrides)
-    name, images, data = args.dataset or checkpoint["dataset"], args.images, args.data or "data"
-    if not args.dataset:
-        images = images or checkpoint["args"].get("images")
+    model, tokenizer = restore(checkpoint, device)
+    config, settings = model.config, checkpoint["args"]
+    name, data = args.dataset or checkpoint["dataset"], args.data or "data"
+    images = args.images or (None if args.dataset else settings.get("images"))
     precision = resolve_precision(args.precision or checkpoint["precision"], device)
-    workers = checkpoint["args"].get("workers", 0) if args.workers is None else args.workers
     scores, lines = {}, []
-    batch_size, forward = args.batch_size or BATCH_SIZE, None
-    if args.compile:
-        with torch.no_grad():
-            forward = compiled(model, model.config, batch_size, device, precision)
     for split in args.split or ["val"]:
-        dataset = RefDataset(name, split, data, images)
-        dataset.use(tokenizer, model.config.max_tokens, model.config.image_size, training=False)
+        dataset = RefDataset(name, split, data, images, tokenizer, config.max_tokens, config.image_size)
         if args.shuffle_expressions:
             shuffle_expressions(dataset)
-        metrics = evaluate(model, dataset, device, precision, batch_size, workers, args.resolution, forward)
+        metrics = evaluate(model, dataset, device, precision, settings.get("workers", 0), args.resolution)
         scores[split] = metrics.compute()
         for (index, _, _), iou in zip(metrics.counts, metrics.ious()):
             lines.append(json.dumps({"split": split, **dataset.ids(index), "iou": iou}))

@@ -8,6 +8,7 @@
 Tokens are [B, N, C] and maps [B, H, W, C]; only the decoder's convolutions see [B, C, H, W].
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from data import InputError, make_tokenizer
 from selection import INITIAL_LOG_TAU, VARIANTS, AttentionLayer, hide_padding, pixel_contrastive_loss
 
 
@@ -32,24 +34,27 @@ BERT_FIELDS = (
 
 @dataclass
 class VEGAConfig:
-    """Everything that decides the model's shape and its loss; a checkpoint carries it whole. Defaults: the paper."""
+    """Everything that decides the model's shape and its loss; a checkpoint carries it. Defaults: the paper's model.
+
+    Raises ValueError if the fields don't go together.
+    """
 
     image_size: int = 480  # pixels a side; the photograph is squeezed to this square
-    embed_dim: int = 128  # Swin's channels at stage 1; they double at every stage
-    depths: tuple[int, ...] = (2, 2, 18, 2)  # Swin's blocks per stage
-    num_heads: tuple[int, ...] = (4, 8, 16, 32)
-    window_size: int = 12
-    drop_path: float = 0.3  # stochastic depth of the last Swin block
-    coordinates: bool = False  # add the pixels' normalised coordinates to the patch embedding
+    embed_dim: int = 128  # Swin-B: channels at stage 1; they double at every stage
+    depths: tuple[int, ...] = (2, 2, 18, 2)  # Swin-B: blocks per stage
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)  # Swin-B: attention heads per stage
+    window_size: int = 12  # Swin-B as it is pretrained at 384 x 384
+    drop_path: float = 0.3  # ours: stochastic depth of the last Swin block
+    coordinates: bool = False  # ours: add the pixels' coordinates to the patch embedding
     bert: dict = field(default_factory=bert_base)  # BERT_FIELDS of transformers' BertConfig, or some of them
-    max_tokens: int = 21  # of an expression, [CLS] and [SEP] among them
+    max_tokens: int = 21  # ours: of an expression, with [CLS] and [SEP]; a longer one is cut
     variant: str = "vega"  # or another name of selection.VARIANTS
-    ratio: float = 0.3  # of the pixels that each word selects
-    attention_heads: int = 8  # of every cross- and self-attention that VEGA adds
-    decoder_width: int = 256
-    dropout: float = 0.1  # in BERT, the words' enhancement and the VIS block
-    contrastive: float = 0.5  # weight of Eq. 5 beside the mask's cross-entropy
-    dice: float = 0.0  # weight of a Dice term
+    ratio: float = 0.3  # share of the pixels that each token selects (Table 6)
+    attention_heads: int = 8  # ours: of every cross- and self-attention that VEGA adds
+    decoder_width: int = 256  # ours: channels
+    dropout: float = 0.1  # ours: in BERT, the enhancement and the VIS block, not in the decoder
+    contrastive: float = 0.5  # ours: weight of Eq. 5 beside the mask's cross-entropy
+    dice: float = 0.0  # ours: weight of a Dice term
 
     @classmethod
     def base(cls, **overrides) -> "VEGAConfig":
@@ -58,7 +63,7 @@ class VEGAConfig:
 
     @classmethod
     def tiny(cls, **overrides) -> "VEGAConfig":
-        """For the generated shapes: three stages, so that stage 3 has 8 x 8 pixels to select from at 128 x 128."""
+        """Ours, for the generated shapes: three stages leave 8 x 8 of the 128 x 128 pixels to select from."""
         bert = dict(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
         sizes = dict(
             image_size=128, embed_dim=24, depths=(1, 2, 2), num_heads=(4, 4, 4), window_size=4, drop_path=0.0,
@@ -75,6 +80,8 @@ class VEGAConfig:
             raise ValueError(f"BERT's config names {min(set(self.bert) - set(BERT_FIELDS))}, which is none of VEGA's")
         if not (0 <= self.drop_path < 1 and 0 <= self.dropout < 1):
             raise ValueError(f"dropout {self.dropout} and drop path {self.drop_path} must lie in [0, 1)")
+        if not (self.contrastive >= 0 and self.dice >= 0):
+            raise ValueError(f"the losses' weights {self.contrastive} and {self.dice} must be at least 0")
         smallest = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
         if self.image_size % 4 or self.image_size < smallest:
             raise ValueError(
@@ -114,7 +121,9 @@ class EarlyFusion(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             Q_l = Q_l.float()
             # one head, scaled by C ** -0.5
-            attended = F.scaled_dot_product_attention(query.float(), self.key(Q_l), self.value(Q_l), hide_padding(mask_l))
+            attended = F.scaled_dot_product_attention(
+                query.float(), self.key(Q_l), self.value(Q_l), hide_padding(mask_l)
+            )
             attended = self.instance_norm(self.project_attended(attended))  # [B, N, C]
         fused = F.gelu(self.project_fused(F.gelu(self.project_vision(x)) * attended))
         return fused, None if self.gate is None else x + self.gate(fused) * fused
@@ -198,7 +207,10 @@ class VisionEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the last stage to the first: look at the guidance set, upsample, join the encoder's map (Sec. 3.3)."""
+    """From the last stage to the first: look at the guidance set, upsample, join the encoder's map (Sec. 3.3).
+
+    Ours: the width, one convolution a stage, GroupNorm (BatchNorm would make several processes differ from one).
+    """
 
     def __init__(self, vision_dims: list[int], guidance_dim: int, width: int, num_heads: int):
         super().__init__()
@@ -241,7 +253,7 @@ class VEGA(nn.Module):
         self.bert = BertModel(bert_config, add_pooling_layer=False)
         self.vision = VisionEncoder(config)
         D = bert_config.hidden_size
-        variant = VARIANTS[config.variant]  # what it has no use for is not built
+        variant = VARIANTS[config.variant]
         self.project_vision = nn.Linear(self.vision.dims[-1], D) if variant.enhanced else None
         self.enhance = AttentionLayer(D, heads, dropout=dropout) if variant.enhanced else None
         self.vis = variant.block(D, heads, config.ratio, dropout)
@@ -259,30 +271,29 @@ class VEGA(nn.Module):
 
         Returns a dict:
             "logits": [B, H, W], positive on the target.
-            "tokens": [B, T, D] BERT's, before they look at the image.
+            "tokens": [B, T, D] BERT's, which have not looked at the image.
             "selection": Selection, see selection.py.
-            "similarity": [B, H_4, W_4] the [CLS] row of S as a map, the s of Eq. 5; None in a variant without it.
+            "similarity": [B, H_4, W_4] the similarities of [CLS] as a map, the s of Eq. 5; None if nothing is selected.
         """
-        tokens = Q_l = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
-        features = self.vision(image, Q_l, attention_mask)
-        F_v = None
-        if self.enhance is not None:
+        tokens = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
+        features = self.vision(image, tokens, attention_mask)  # [B, H_i, W_i, C_i] of each stage
+        F_v, Q_l = None, tokens
+        if self.enhance is not None:  # not in Table 2, row 1
             F_v = self.project_vision(features[-1].flatten(1, 2))  # [B, N, D]
-            Q_l = self.enhance(Q_l, F_v)  # every pixel is a key: the words have looked at the image before they select
+            Q_l = self.enhance(tokens, F_v)  # [B, T, D] each token looks at every pixel
         selection = self.vis(F_v, Q_l, attention_mask)
         logits = self.decoder(features, selection.G, selection.mask_G)  # [B, H / 4, W / 4]
-        logits = F.interpolate(logits.float()[:, None], image.shape[-2:], mode="bilinear")[:, 0]
+        logits = F.interpolate(logits.float()[:, None], image.shape[-2:], mode="bilinear")[:, 0]  # [B, H, W]
         similarity = None if selection.S is None else selection.S[:, 0].unflatten(1, features[-1].shape[1:3])
         return {"logits": logits, "tokens": tokens, "selection": selection, "similarity": similarity}
 
     def loss(self, output: dict, mask: Tensor) -> dict:
-        """output of `forward`, mask [B, H, W] 1 on the target -> scalars "loss", its terms by name, and "tau"."""
+        """output of `forward`, mask [B, H, W] 1 on the target -> scalars: "loss" and its terms, "bce" and others."""
         logits, mask = output["logits"], mask.float()
         losses = {"bce": F.binary_cross_entropy_with_logits(logits, mask)}
         total = losses["bce"]
         if self.log_tau is not None:
-            losses["tau"] = tau = self.log_tau.exp()
-            losses["contrastive"] = pixel_contrastive_loss(output["similarity"], mask, tau)
+            losses["contrastive"] = pixel_contrastive_loss(output["similarity"], mask, self.log_tau.exp())
             total = total + self.config.contrastive * losses["contrastive"]
         if self.config.dice:
             losses["dice"] = dice_loss(logits, mask)
@@ -298,6 +309,8 @@ def dice_loss(logits: Tensor, mask: Tensor) -> Tensor:
     return (1 - overlap / (probability.sum(1) + mask.sum(1) + 1)).mean()
 
 
+# Pretrained weights
+
 PRETRAINED_SWIN = "swin_base_patch4_window12_384.ms_in22k"  # the paper's, by timm's name
 PRETRAINED_BERT = "google-bert/bert-base-uncased"  # and by transformers'
 
@@ -309,7 +322,7 @@ def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
         source: a file, timm's own (.safetensors or .pth) or Microsoft's (.pth), or a model's name in timm.
         window_size: of the model; where the map is smaller, timm's filter fits the position tables to it.
 
-    Raises ValueError if the file can't be read or any tensor is missing or of another shape; nothing is loaded then.
+    Raises InputError if the file can't be read or any tensor is missing or of another shape; nothing is loaded then.
     """
     try:
         if Path(source).exists() or Path(source).suffix in (".safetensors", ".pth"):
@@ -318,28 +331,27 @@ def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
             weights = timm.create_model(source, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # of the hub, of safetensors, of pickle: many classes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
+        raise InputError(
             f"no Swin weights from {source} ({reason}). Give a file with --swin, or start at random: --no-pretrained"
         ) from None
     ours = swin.state_dict()
     for name, table in weights.items():  # the filter would stretch another model's tables to fit
         if name.endswith("relative_position_bias_table"):
             if name not in ours or table.shape != ((2 * window_size - 1) ** 2, ours[name].shape[1]):
-                raise ValueError(f"{source} is of another Swin: its {name} is {list(table.shape)}")
+                raise InputError(f"{source} is of another Swin: its {name} is {list(table.shape)}")
     weights = checkpoint_filter_fn(weights, swin)  # Microsoft's names to timm's; stored masks and indices dropped
     left_out = sorted({name.split(".")[0] for name in weights} & {"norm", "head"})
     weights = {name: value for name, value in weights.items() if name.split(".")[0] not in left_out}
     check_fit(source, ours, weights)
     swin.load_state_dict(weights)
-    return (
-        f"Swin: {len(weights)} tensors from {source}; left out, for VEGA has none: {', '.join(left_out) or 'nothing'}"
-    )
+    left_out = ", ".join(left_out) or "nothing"
+    return f"Swin: {len(weights)} tensors from {source}; left out, for VEGA has none: {left_out}"
 
 
 def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
     """Pretrained BERT without its pooler, and its tokenizer, from a folder or by a model's name in transformers.
 
-    Raises ValueError if it can't be read, or if any tensor is missing or of another shape.
+    Raises InputError if it can't be read, or if any tensor is missing or of another shape.
     """
     try:
         tokenizer = BertTokenizer.from_pretrained(source)
@@ -348,28 +360,111 @@ def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
         )
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
+        raise InputError(
             f"no BERT from {source} ({reason}). Give a folder with --bert, or start at random: --no-pretrained"
         ) from None
-    if not 5 < len(tokenizer) <= bert.config.vocab_size:
-        raise ValueError(
-            f"{source} has a vocabulary of {len(tokenizer)}, but BERT knows {bert.config.vocab_size} words"
-        )
+    words, rows = len(tokenizer), bert.config.vocab_size
+    if not 5 < words <= rows:
+        raise InputError(f"{source} has a vocabulary of {words}, but BERT knows {rows} words")
     absent = [*report["missing_keys"], *report["mismatched_keys"]]
     if absent:
-        raise ValueError(
+        raise InputError(
             f"{source} does not fit BERT: {len(absent)} tensors are missing or differ, the first {absent[0]}"
         )
     return bert, tokenizer
 
 
 def check_fit(source: str, ours: dict, theirs: dict) -> None:
-    """Raise ValueError unless both state dicts have the same names and shapes, and theirs is finite."""
+    """Raise InputError unless both state dicts have the same names and shapes, and theirs is finite."""
     for name in [*ours, *theirs]:
-        a, b = (
+        here, there = (
             list(state[name].shape) if isinstance(state.get(name), Tensor) else "missing" for state in (ours, theirs)
         )
-        if a != b:
-            raise ValueError(f"{source} does not fit the model: {name} is {b} there and {a} here")
+        if here != there:
+            raise InputError(f"{source} does not fit the model: {name} is {there} there and {here} here")
         if not theirs[name].isfinite().all():
-            raise ValueError(f"{source} is broken: {name} has values that are not finite")
+            raise InputError(f"{source} is broken: {name} has values that are not finite")
+
+
+# Checkpoints
+
+FORMAT = 1  # of the checkpoint; raise it when an older reader would misread a newer file
+
+
+def newest_run(file: str) -> Path:
+    """The newest runs/*/FILE."""
+    found = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(f"there is no run with a {file} under runs/ yet. Train one first: python train.py")
+    return found[-1]
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write beside, flush to the disk, then rename: a kill or a full disk leaves the previous file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
+        part.unlink(missing_ok=True)
+        kept = f"{path} from before is whole" if path.exists() else "there was none before"
+        reason = str(error).splitlines()[0]
+        raise InputError(f"can't write {path} ({reason}); {kept}. Make room, then --resume") from None
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's plain dict, on the CPU. Raises InputError if the file is not one, without running any of it."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; the checkpoint is a file in it, such as {path / 'best.pt'}")
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}. Train one first: python train.py")
+    try:
+        with open(path, "rb") as file:  # so that a disk that can't be read is an OSError
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of zip, pickle or torch, whose own text would advise to load without weights_only
+        if isinstance(error, (OSError, MemoryError)) or "alloc" in str(error):
+            raise  # nothing is wrong with the file
+        reason = "it is another kind of file, was cut short, or holds more than plain data"
+        raise InputError(f"{path} can't be read as a checkpoint: {reason}") from None
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise InputError(f"{path} is not a checkpoint of this program")
+    if checkpoint["format"] != FORMAT:
+        raise InputError(f"{path} has format {checkpoint['format']}, this program reads format {FORMAT}: update it")
+    parts = "config model tokenizer step best precision dataset args optimizer sums logged_step"
+    absent = set(parts.split()) - checkpoint.keys()
+    if absent:
+        raise InputError(f"{path} lacks {', '.join(sorted(absent))}: it is not a whole checkpoint")
+    return checkpoint
+
+
+def restore(checkpoint: dict, device: torch.device, **overrides) -> tuple[VEGA, BertTokenizer]:
+    """The model, ready to evaluate, and its tokenizer. overrides: fields of VEGAConfig, such as image_size."""
+    try:
+        model = VEGA(VEGAConfig(**{**checkpoint["config"], **overrides}))
+        check_fit("the checkpoint", model.state_dict(), checkpoint["model"])
+        model.load_state_dict(checkpoint["model"])
+        return model.to(device).eval(), BertTokenizer(**checkpoint["tokenizer"])
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(str(error).splitlines()[0]) from None
+
+
+def add_words(checkpoint: dict, expressions: list[str]) -> int:
+    """Give a checkpoint's vocabulary the words that it lacks, with fresh embeddings; returns how many there are.
+
+    BERT's own vocabulary stays: it spells any word with its pieces, whose names start with ##.
+    """
+    vocab, table = checkpoint["tokenizer"]["vocab"], "bert.embeddings.word_embeddings.weight"
+    if any(word.startswith("##") for word in vocab):
+        return 0
+    new = sorted(make_tokenizer(expressions).get_vocab().keys() - vocab.keys())
+    vocab.update(zip(new, range(len(vocab), len(vocab) + len(new))))
+    checkpoint["config"]["bert"]["vocab_size"] = len(vocab)
+    weights = checkpoint["model"][table]
+    fresh = 0.02 * torch.randn(len(new), weights.shape[1])  # as BERT starts
+    checkpoint["model"][table] = torch.cat([weights, fresh])
+    return len(new)

@@ -194,31 +194,23 @@ class Stepwise(nn.Module):
             S = self.compare(F_v, tokens.float())
             M = self.select(S)
             M_hat = M * 1e4 - 1e4
-            E = self.gather(M, self.weigh(S, M_hat), F_v)
+            E = self.pool(S, M, M_hat, F_v)
         Q_v = self.attend(E, F_v, M_hat, mask)
         return Selection(torch.cat([Q_l, Q_v], dim=1), torch.cat([mask_l, mask], dim=1), S, M)
 
     def K(self, N: int) -> int:
         return max(1, int(N * self.ratio))
 
-    def compare(self, F_v: Tensor, Q_l: Tensor) -> Tensor:
-        """F_v [B, N, D], Q_l [B, T, D] -> S [B, T, N] (Eq. 1)."""
+    def compare(self, F_v: Tensor, Q_l: Tensor) -> Tensor:  # -> S
         return F.normalize(self.proj_l(Q_l), dim=-1) @ F.normalize(self.proj_v(F_v), dim=-1).mT
 
-    def select(self, S: Tensor) -> Tensor:
-        """S -> M, both [B, T, N] (Eq. 2-3)."""
+    def select(self, S: Tensor) -> Tensor:  # -> M
         return torch.zeros_like(S).scatter(-1, S.topk(self.K(S.shape[-1]), dim=-1).indices, 1.0)
 
-    def weigh(self, S: Tensor, M_hat: Tensor) -> Tensor:
-        """S, M_hat -> S_norm, all [B, T, N] (Eq. 4)."""
-        return torch.softmax(S + M_hat, dim=-1)
+    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:  # -> E
+        return (M * torch.softmax(S + M_hat, dim=-1)) @ F_v / self.K(F_v.shape[1])
 
-    def gather(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
-        """M, S_norm [B, T, N], F_v [B, N, D] -> E [B, T, D] (Eq. 4)."""
-        return (M * S_norm) @ F_v / self.K(F_v.shape[1])
-
-    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
-        """E [B, T, D], F_v [B, N, D], M_hat [B, T, N], mask_l [B, T] -> Q_v [B, T, D] (Eq. 4)."""
+    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:  # -> Q_v
         Q_v = self.cross_attention(E, F_v, M_hat)
         return self.self_attention(Q_v, Q_v, mask_l)
 
@@ -315,8 +307,8 @@ class SigmoidThreshold(Stepwise):
     def select(self, S: Tensor) -> Tensor:
         return (S.sigmoid() > 0.5).to(S.dtype)
 
-    def gather(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
-        return (M * S_norm) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)
+    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
+        return (M * torch.softmax(S + M_hat, dim=-1)) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)
 
 
 class NoSimilarityWeights(Stepwise):
@@ -325,22 +317,22 @@ class NoSimilarityWeights(Stepwise):
     Its weights sum to one, those of VEGA to 1 / K.
     """
 
-    def gather(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
+    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
         return M @ F_v / self.K(F_v.shape[1])
 
 
 class NoNormalisation(Stepwise):
     """Table 4d, row 1: the similarities weigh as they are, also negative ones. Ours: M still selects."""
 
-    def weigh(self, S: Tensor, M_hat: Tensor) -> Tensor:
-        return S
+    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
+        return (M * S) @ F_v / self.K(F_v.shape[1])
 
 
 class UnmaskedSoftmax(Stepwise):
     """Table 4d, row 2: the softmax runs over all pixels. Ours: M still selects, after it."""
 
-    def weigh(self, S: Tensor, M_hat: Tensor) -> Tensor:
-        return torch.softmax(S, dim=-1)
+    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
+        return (M * torch.softmax(S, dim=-1)) @ F_v / self.K(F_v.shape[1])
 
 
 class NoCrossAttention(Stepwise):
@@ -355,8 +347,8 @@ class NoCrossAttention(Stepwise):
 class SumOnce(Stepwise):
     """Ours, beyond the paper: E is the weighted mean, not divided by K once more."""
 
-    def gather(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
-        return (M * S_norm) @ F_v
+    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
+        return super().pool(S, M, M_hat, F_v) * self.K(F_v.shape[1])
 
 
 class Sharp(Stepwise):
@@ -366,8 +358,8 @@ class Sharp(Stepwise):
         super().__init__(dim, num_heads, ratio, dropout)
         self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))  # VEGA puts Eq. 5's in its place
 
-    def weigh(self, S: Tensor, M_hat: Tensor) -> Tensor:
-        return torch.softmax(S / self.log_tau.exp() + M_hat, dim=-1)
+    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
+        return super().pool(S / self.log_tau.exp(), M, M_hat, F_v)
 
 
 class SumOnceSharp(SumOnce, Sharp):
