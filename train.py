@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import signal
 import sys
 import time
@@ -88,13 +87,13 @@ def main(argv: list[str] | None = None) -> dict:
     validate_every = args.validate_every or steps_per_epoch
 
     # where the run stands: a new one at step 0, or as its last checkpoint says
-    done, best, progress = 0, -1.0, Progress(total, args.batch_size)
+    done, best, progress = 0, -1.0, Progress(total)
     if resumed is not None:
         done, best = resumed["step"], resumed["best"]
         if done > total:
             raise InputError(f"{out} has done {done} steps already, more than the {total} that it would end with")
         sums = {name: value.to(device) for name, value in resumed["sums"].items()}
-        progress = Progress(total, args.batch_size, done, sums, resumed["logged_step"])
+        progress = Progress(total, done, sums, resumed["logged_step"])
         settings = [{name: group[name] for name in ("share", "weight_decay")} for group in optimizer.param_groups]
         optimizer.load_state_dict(resumed["optimizer"])
         for group, setting in zip(optimizer.param_groups, settings):
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict:
     order = TrainingBatches(len(train), args.batch_size, done, total, args.seed, rank(), world())
     batches = load_batches(train, order, args.workers, device)
     with noted_signals() as received:
-        for step, batch in enumerate(progress.timed(batches), done + 1):
+        for step, batch in enumerate(batches, done + 1):
             # one step
             lr = learning_rate(step, total, args)
             for group in optimizer.param_groups:
@@ -434,25 +433,14 @@ def save(path: Path, checkpoint: dict) -> None:
 
 
 class Progress:
-    """What was trained since the last line of the log: the losses and the time. Shows a bar, or the minutes left."""
+    """The losses since the last line of the log, and a bar, or where there is none the minutes left."""
 
-    def __init__(self, total: int, batch_size: int, done: int = 0, sums: dict | None = None, logged_step: int = 0):
-        self.total, self.batch_size, self.done = total, batch_size, done
+    def __init__(self, total: int, done: int = 0, sums: dict | None = None, logged_step: int = 0):
+        self.total, self.done = total, done
         self.sums, self.logged_step = sums or {}, logged_step  # sums of the losses over the steps since then
         self.recent = []  # step, samples and loss of each part of a batch since the losses were last found finite
-        self.images, self.seconds, self.waited = 0, 0.0, 0.0  # waited: for the loader
         self.bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
         self.began = self.told = time.perf_counter()
-
-    def timed(self, batches):
-        """The same batches; counts how long they are waited for."""
-        asked = time.perf_counter()
-        for batch in batches:
-            self.step_began = time.perf_counter()
-            self.waited += self.step_began - asked
-            self.seconds += self.step_began - asked
-            yield batch
-            asked = time.perf_counter()
 
     def add(self, step: int, index: torch.Tensor, losses: dict[str, torch.Tensor], parts: int) -> None:
         """Count one of the parts of a batch: its samples and losses."""
@@ -462,14 +450,11 @@ class Progress:
 
     def update(self, step: int) -> None:
         """A step is done. Where there is no bar, say now and then how long the others will take."""
-        now = time.perf_counter()
-        self.images += self.batch_size
-        self.seconds += now - self.step_began
         self.bar.update()
+        now = time.perf_counter()
         if self.bar.disable and now - self.told >= min(600, max(20, (now - self.began) / 10)):
             self.told, left = now, (self.total - step) * (now - self.began) / (step - self.done) / 60
-            loss = self.recent[-1][2].item() if self.recent else math.nan
-            self.say(f"step {step} of {self.total}: loss {loss:.3f}, {left:.0f} minutes left")
+            self.say(f"step {step} of {self.total}: loss {self.recent[-1][2]:.3f}, {left:.0f} minutes left")
 
     def say(self, text: str) -> None:
         if rank() == 0:
@@ -477,12 +462,11 @@ class Progress:
             sys.stdout.flush()
 
     def line(self, step: int) -> dict:
-        """The mean losses and the speed since the last line of the log."""
+        """The mean losses since the last line of the log, and the seconds since the start."""
         line = {name: value.item() / (step - self.logged_step) for name, value in self.sums.items()}
-        line |= {"images_per_s": self.images / self.seconds, "waited": self.waited / self.seconds}
-        self.bar.set_postfix(loss=f"{line['loss']:.3f}", images=f"{line['images_per_s']:.0f}/s")
-        self.sums, self.logged_step, self.images, self.seconds, self.waited = {}, step, 0, 0.0, 0.0
-        return line
+        self.bar.set_postfix(loss=f"{line['loss']:.3f}")
+        self.sums, self.logged_step = {}, step
+        return {**line, "seconds": time.perf_counter() - self.began}
 
     def check(self, model: VEGA, train: RefDataset, last: Path) -> None:
         """Average the losses over the processes. All stop if one is not finite, or a weight, and name the samples.
