@@ -431,10 +431,8 @@ def read_checkpoint(path: str | Path) -> dict:
             raise  # nothing is wrong with the file
         reason = "it is another kind of file, was cut short, or holds more than plain data"
         raise InputError(f"{path} can't be read as a checkpoint: {reason}") from None
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise InputError(f"{path} is not a checkpoint of this program")
-    if checkpoint["format"] != FORMAT:
-        raise InputError(f"{path} has format {checkpoint['format']}, this program reads format {FORMAT}: update it")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise InputError(f"{path} is not a checkpoint of this program, or of another version of it")
     parts = "config model tokenizer step best precision dataset args optimizer sums logged_step"
     absent = set(parts.split()) - checkpoint.keys()
     if absent:

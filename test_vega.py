@@ -1451,7 +1451,7 @@ def test_a_broken_checkpoint_is_refused(trained, tmp_path):
         with pytest.raises(data.InputError, match=message):
             evaluate.load(tmp_path / "best.pt")
     torch.save({**read_checkpoint(best), "format": 99}, tmp_path / "best.pt")
-    with pytest.raises(data.InputError, match="has format 99, this program reads format"):
+    with pytest.raises(data.InputError, match="or of another version of it"):
         evaluate.load(tmp_path / "best.pt")
     (tmp_path / "best.pt").write_bytes(best.read_bytes()[:100_000])
     with pytest.raises(data.InputError, match="was cut short"):
