@@ -346,7 +346,7 @@ def pictures(
 
 def common_flags(parser: argparse.ArgumentParser, default: str) -> None:
     """default: the dataset that is taken without --dataset, in words."""
-    flag = parser.add_argument
+    flag = parser.add_argument_group("data and device").add_argument
     # fmt: off
     flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder in REFER's format; default: {default}")
     flag("--data", metavar="DIR", help="where the known datasets are (default: data)")

@@ -193,22 +193,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     common_flags(parser, "shapes, generated here")
     # fmt: off
-    flag = parser.add_argument_group("what is trained").add_argument
-    flag("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
+    flag = parser.add_argument_group("training").add_argument
     flag("--variant", metavar="NAME", choices=VARIANTS, help="an ablation, listed below (default: vega)")
-    flag("--ratio", type=float, help="share of the pixels that each token selects (default: 0.3; Table 6)")
-    flag("--set", nargs="+", type=config_field, metavar="NAME=VALUE",
-         help=f"other fields of VEGAConfig in model.py: {', '.join(SETTABLE)}")
-    flag("--init", metavar="CHECKPOINT", help="start from a trained model's weights, words and sizes")
-    flag("--swin", metavar="SOURCE", help="weights: a file, or a model's name in timm (base: ImageNet-22K's)")
-    flag("--bert", metavar="SOURCE", help="a folder, or a model's name in transformers (base: BERT-base uncased)")
-    flag("--no-pretrained", action="store_true", help="start base at random, not from pretrained weights")
-    flag = parser.add_argument_group("how").add_argument
     flag("--epochs", type=float, help="default: 40 for base, 4.6 for tiny")
     flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays to zero over them")
-    flag("--batch-size", type=int, help="images per step, over all processes (default: 16)")
-    flag("--micro-batch", type=int, metavar="N", help="images per forward pass of a process; its share accumulates")
     flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1.4e-3 for tiny)")
+    flag("--batch-size", type=int, help="images per step, over all processes (default: 16)")
+    flag("--micro-batch", type=int, metavar="N", help="each process takes its share of the batch N images at a time")
     flag("--seed", type=int, help="of the starting weights, the samples' order and choice, and dropout (default: 0)")
     flag("--gradient-checkpointing", action="store_true", help="compute Swin's blocks again in backward: less memory")
     flag("--workers", type=int, help="processes that load images (default: 4 for base, 0 for tiny)")
@@ -219,6 +210,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--validate-every", type=int, metavar="STEPS", help="default: every epoch")
     flag("--checkpoint-every", type=int, metavar="STEPS", help="write last.pt also between validations")
     flag("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
+    flag = parser.add_argument_group("the model").add_argument
+    flag("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
+    flag("--ratio", type=float, help="share of the pixels that each token selects (default: 0.3; Table 6)")
+    flag("--set", nargs="+", type=config_field, metavar="NAME=VALUE",
+         help=f"other fields of VEGAConfig in model.py: {', '.join(SETTABLE)}")
+    flag("--init", metavar="CHECKPOINT", help="start from a trained model's weights, words and sizes")
+    flag("--swin", metavar="SOURCE", help="weights: a file, or a model's name in timm (base: ImageNet-22K's)")
+    flag("--bert", metavar="SOURCE", help="a folder, or a model's name in transformers (base: BERT-base uncased)")
+    flag("--no-pretrained", action="store_true", help="start base at random, not from pretrained weights")
     # fmt: on
     parser.set_defaults(no_pretrained=None, resume=None, resume_anyway=None, gradient_checkpointing=None)  # not given
     args = parser.parse_args(argv)
