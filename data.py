@@ -273,13 +273,15 @@ def make_tokenizer(expressions: list[str]) -> BertTokenizer:
 
 
 def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> dict[str, torch.Tensor]:
-    """Expressions -> "input_ids" and "attention_mask", int64 [E, max_tokens]; cut, with [SEP] kept, and padded."""
+    """Expressions -> "input_ids" and "attention_mask", int64 [E, T]; cut to max_tokens, padded to the longest, T."""
     names, parts = ("input_ids", "attention_mask"), []
     for start in range(0, len(expressions), 4096):  # in parts: what the tokenizer returns beside the ids is large
         some = expressions[start : start + 4096]
         encoded = tokenizer(some, padding="max_length", truncation=True, max_length=max_tokens)
         parts.append({name: torch.tensor(encoded[name]) for name in names})
-    return {name: torch.cat([part[name] for part in parts]) for name in names}
+    tokens = {name: torch.cat([part[name] for part in parts]) for name in names}
+    longest = int(tokens["attention_mask"].sum(1).max())
+    return {name: values[:, :longest] for name, values in tokens.items()}
 
 
 # The dataset
@@ -397,7 +399,7 @@ class RefDataset(torch.utils.data.Dataset):
     workers nor ranks change it. Evaluation: item i is sentence i, and every sentence of every object has its turn.
 
     Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
-    int64 [max_tokens], "index" the number of the sentence in `sentences`.
+    int64 [T] (T: tokens of the split's longest sentence), "index" the number of the sentence in `sentences`.
 
     Args:
         name: see `locate`.

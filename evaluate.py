@@ -96,12 +96,10 @@ def in_any_process(flag: bool) -> bool:
 
 
 def model_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The arguments of VEGA's forward from a batch of RefDataset, on the device, as long as its longest expression."""
-    longest = int(batch["attention_mask"].sum(1).max())
-    image, input_ids, attention_mask = (
-        batch[key].to(device, non_blocking=True) for key in ("image", "input_ids", "attention_mask")
-    )
-    return standardise(image), input_ids[:, :longest], attention_mask[:, :longest]
+    """The arguments of VEGA's forward from a batch of RefDataset, on the device."""
+    names = ("image", "input_ids", "attention_mask")
+    image, input_ids, attention_mask = (batch[name].to(device, non_blocking=True) for name in names)
+    return standardise(image), input_ids, attention_mask
 
 
 # Masks of photographs
