@@ -117,14 +117,10 @@ class EarlyFusion(nn.Module):
     def forward(self, x: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [B, N, C], Q_l [B, T, D], mask_l [B, T] -> F_i and x + gate(F_i) * F_i (None if ungated), [B, N, C]."""
         query = self.instance_norm(self.query(x))  # [B, N, C]
-        # in fp32 also under autocast: from pixel to pixel these change little, and InstanceNorm leaves just the change
-        with torch.autocast(x.device.type, enabled=False):
-            Q_l = Q_l.float()
-            # one head, scaled by C ** -0.5
-            attended = F.scaled_dot_product_attention(
-                query.float(), self.key(Q_l), self.value(Q_l), hide_padding(mask_l)
-            )
-            attended = self.instance_norm(self.project_attended(attended))  # [B, N, C]
+        bias = hide_padding(mask_l).to(query.dtype)  # [B, 1, T]
+        # one head, scaled by C ** -0.5
+        attended = F.scaled_dot_product_attention(query, self.key(Q_l), self.value(Q_l), bias)  # [B, N, C]
+        attended = self.instance_norm(self.project_attended(attended))
         fused = F.gelu(self.project_fused(F.gelu(self.project_vision(x)) * attended))
         return fused, None if self.gate is None else x + self.gate(fused) * fused
 
