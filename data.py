@@ -11,7 +11,6 @@ FOLDER/{instances.json, refs.json or refs*.p, images/}     any other dataset: --
 
 import argparse
 import codecs
-import contextlib
 import functools
 import gc
 import io
@@ -22,13 +21,13 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import BertTokenizer
 
@@ -56,27 +55,26 @@ def command_line(main):
 
 
 class Source(NamedTuple):
-    """Where a known dataset lies under --data, and its size: split -> (refs, images)."""
+    """Where the refs file of a known dataset lies under --data, and its size: split -> (refs, images)."""
 
     refs: str  # instances.json lies beside it
-    images: tuple[str, ...]
     sizes: dict[str, tuple[int, int]] = {}
 
 
-COCO_IMAGES = ("images/train2014", "images/mscoco/images/train2014")
 DATASETS = {  # the sizes: TensorFlow Datasets' documentation of ref_coco
-    "shapes": Source("shapes/refs(shapes).p", ("shapes/images",)),
-    "refcoco": Source("refcoco/refs(unc).p", COCO_IMAGES, {
+    "shapes": Source("shapes/refs(shapes).p"),
+    "refcoco": Source("refcoco/refs(unc).p", {
         "train": (42404, 16994), "val": (3811, 1500), "testA": (1975, 750), "testB": (1810, 750),
     }),
-    "refcoco+": Source("refcoco+/refs(unc).p", COCO_IMAGES, {
+    "refcoco+": Source("refcoco+/refs(unc).p", {
         "train": (42278, 16992), "val": (3805, 1500), "testA": (1975, 750), "testB": (1798, 750),
     }),
-    "refcocog-umd": Source("refcocog/refs(umd).p", COCO_IMAGES, {
+    "refcocog-umd": Source("refcocog/refs(umd).p", {
         "train": (42226, 21899), "val": (2573, 1300), "test": (5023, 2600),
     }),
-    "refcocog-google": Source("refcocog/refs(google).p", COCO_IMAGES, {"train": (44822, 24698), "val": (5000, 4650)}),
+    "refcocog-google": Source("refcocog/refs(google).p", {"train": (44822, 24698), "val": (5000, 4650)}),
 }  # fmt: skip
+COCO_IMAGES = ("images/train2014", "images/mscoco/images/train2014")  # under --data
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
 
 
@@ -90,100 +88,84 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings, lists and dicts; a pickle that names any class or function is refused unrun."""
 
     def find_class(self, module, name):
-        raise InputError(f"it names {module}.{name}, but a refs file holds plain data only. Don't use this file")
+        raise pickle.UnpicklingError(f"refused, for it names {module}.{name} and not plain data alone: don't use it")
 
 
 def read_refs(path: Path) -> list[dict]:
     """The refs of a JSON file, or of a pickle by Python 2 (byte strings in UTF-8, a few in Latin-1) or Python 3."""
     content = path.read_bytes()
-    left = len(content)  # a file that repeats its lists by reference could hold more values than memory does
-
-    def text(value):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise ValueError("more values than bytes")
-        if isinstance(value, bytes):
-            return sys.intern(value.decode("utf-8", "as latin-1"))
-        if isinstance(value, (list, tuple)):
-            return [text(item) for item in value]
-        return {text(k): text(v) for k, v in value.items()} if isinstance(value, dict) else value
-
     try:
         if path.suffix == ".json":
             refs = json.loads(content)
         else:
-            refs = text(PlainUnpickler(io.BytesIO(content), encoding="bytes").load())
+            refs = PlainUnpickler(io.BytesIO(content), encoding="utf-8", errors="as latin-1").load()
         if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
             raise TypeError("not a list of dicts")
-    except InputError as error:
-        raise InputError(f"{path} was refused: {error}") from None
+        values = [refs]  # all that it holds: a pickle that repeats a list by reference could unfold to more than fits
+        for value in values:
+            if isinstance(value, dict):
+                values += value.values()
+            elif isinstance(value, (list, tuple)):
+                values += value
+            if len(values) > len(content):
+                raise ValueError("more values than bytes")
     except Exception as error:  # a pickle can be wrong in a dozen ways
-        raise InputError(f"{path} is not a list of refs ({type(error).__name__}: {error}). Is it whole?") from None
+        raise InputError(f"{path} is not a list of refs, or not whole ({type(error).__name__}: {error})") from None
     return refs
-
-
-REACH = 1_000_000  # pixels; to draw an outline of that length takes 0.4 GB
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """COCO segmentation -> bool [height, width], as COCO's own tools decode it.
 
     Args:
-        segmentation: an RLE {"size": [h, w], "counts": ..} with counts as a list or as COCO's compressed string; a
-            polygon's points are [x0, y0, x1, y1, ..] in pixels, and fewer than three cover nothing; a list of
-            either is their union.
+        segmentation: a list of polygons [x0, y0, x1, y1, ..] in pixels, of RLEs or of both, which is their union; or
+            one RLE {"size": [h, w], "counts": ..} with counts as a list or as COCO's compressed string.
 
-    Raises InputError if an RLE does not fill the image exactly, or a polygon is not a list of pairs of finite numbers
-    or longer than REACH.
+    Raises InputError if it is none of these, an RLE does not fill the image exactly, or a polygon is longer than REACH.
     """
     try:
         mask = np.zeros((height, width), dtype=bool)
         for part in [segmentation] if isinstance(segmentation, dict) else segmentation:
             if isinstance(part, dict):
                 mask |= decode_rle(part, height, width)
-                continue
-            if not isinstance(part, list):
-                raise ValueError("a segmentation must be a list of polygons [x0, y0, x1, y1, ..], or of RLEs")
-            points = np.asarray(part, dtype=np.float64).reshape(-1, 2)
-            steps = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
-            reach = np.maximum(steps, np.abs(points).max(initial=0))
-            if not reach <= REACH:
-                raise ValueError(f"a polygon is {reach:.0f} pixels long or away, but must be at most {REACH}")
-            if len(points) >= 3:
-                mask |= fill_polygon(points, height, width)
+            else:
+                mask |= fill_polygon(part, height, width)
         return mask
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise InputError(f"a segmentation can't be drawn: {error}") from None
+        raise InputError(
+            f"a segmentation can't be drawn; it must be a list of polygons [x0, y0, x1, y1, ..] or of RLEs ({error})"
+        ) from None
 
 
-def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """One polygon [P, 2] -> bool [height, width], by COCO's rule.
+REACH = 1_000_000  # pixels; to draw an outline of that length takes 0.4 GB
+
+
+def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> np.ndarray:
+    """The polygon [x0, y0, x1, y1, ..] -> bool [height, width], by COCO's rule.
 
     The outline is walked on a grid five times finer, one step along its longer axis at a time. Each step
     that crosses the middle of a pixel column toggles the column from there downwards.
     """
-    scale = 5
-    start = np.trunc(scale * points + 0.5).astype(np.int64)
-    end = np.roll(start, -1, axis=0)
-    length = np.abs(end - start)
-    upright = length[:, 1] > length[:, 0]  # edges whose longer axis is y: walked with the axes swapped
-    start[upright], end[upright] = start[upright, ::-1], end[upright, ::-1]
-    flip = start[:, 0] > end[:, 0]  # edges walked from their end
-    low, high = np.where(flip[:, None], end, start), np.where(flip[:, None], start, end)
-    steps = length.max(axis=1)
-    slope = (high - low)[:, 1] / np.maximum(steps, 1)
-    edge = np.repeat(np.arange(len(points)), steps + 1)
-    step = np.arange(len(edge)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
-    step = np.where(flip[edge], steps[edge] - step, step)
-    walk = np.stack([low[edge, 0] + step, np.trunc(low[edge, 1] + slope[edge] * step + 0.5).astype(np.int64)])
-    x, y = np.where(upright[edge], walk[::-1], walk)
-    turned = np.flatnonzero(x[1:] != x[:-1])  # steps that move sideways
-    column = (np.minimum(x[turned], x[turned + 1]) + 0.5) / scale - 0.5
-    row = (np.minimum(y[turned], y[turned + 1]) + 0.5) / scale - 0.5
-    crossing = (column == np.floor(column)) & (column >= 0) & (column <= width - 1)
-    column, row = column[crossing].astype(np.int64), np.ceil(row[crossing].clip(0, height)).astype(np.int64)
-    toggles = np.bincount(column * height + row, minlength=width * height + 1)[: width * height]
+    points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+    length = np.abs(np.diff(points, axis=0, prepend=0, append=0)).max(axis=1).sum()  # from the origin round and back
+    if not length <= REACH:
+        raise ValueError(f"a polygon is {length:.0f} pixels long or away, but must be at most {REACH}")
+    start = (5 * points + 0.5).astype(np.int64)  # [P, 2]
+    along = np.roll(start, -1, axis=0) - start  # the edges [P, 2]
+    steps = np.abs(along).max(axis=1)
+    back = along.min(axis=1) == -steps  # edges walked from their end
+    start[back] += along[back]
+    along[back] *= -1
+    edge = np.repeat(np.arange(len(points)), steps + 1)  # [S], the edge of each point of the walk
+    step = np.arange(len(edge)) - np.searchsorted(edge, edge)
+    slope = along / np.maximum(steps, 1)[:, None]
+    walk = (start[edge] + slope[edge] * step[:, None] + 0.5).astype(np.int64)  # [S, 2]
+    sideways = (walk[1:, 0] != walk[:-1, 0]) & (edge[1:] == edge[:-1])
+    x, y = np.minimum(walk[1:], walk[:-1])[sideways].T
+    column, rest = np.divmod(x - 2, 5)
+    row = ((y + 2) // 5).clip(0, height)  # the first whose middle lies below
+    crossing = (rest == 0) & (column >= 0) & (column < width)
+    toggles = np.bincount((column * height + row)[crossing], minlength=width * height + 1)[: width * height]
     return (np.cumsum(toggles) % 2 == 1).reshape(width, height).T
 
 
@@ -214,26 +196,7 @@ def decode_counts(text: bytes) -> list[int]:
                 value -= 1 << shift
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value, shift = 0, 0
-    if shift:
-        raise ValueError("a compressed RLE string ends in the middle of a number")
     return counts
-
-
-@contextlib.contextmanager
-def readable(path: str | Path):
-    """Turns what is wrong with an image file into an InputError."""
-    if not Path(path).is_file():
-        raise InputError(f"there is no image {path}")
-    try:
-        yield
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} can't be read as an image ({error})") from None
-
-
-def open_image(path: str | Path, upright: bool = True) -> Image.Image:
-    """An image file as RGB; see `to_rgb`. Raises InputError if it can't be read."""
-    with readable(path):
-        return to_rgb(Image.open(path), upright)
 
 
 def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
@@ -243,6 +206,16 @@ def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
     if image.mode.startswith("I"):  # convert("RGB") would clip these at 255
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def open_image(path: str | Path, read: Callable = to_rgb):
+    """What `read` makes of an image file: an upright RGB image. Raises InputError if the file can't be read."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no image {path}")
+    try:
+        return read(Image.open(path))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} can't be read as an image ({error})") from None
 
 
 def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
@@ -274,14 +247,14 @@ def make_tokenizer(expressions: list[str]) -> BertTokenizer:
 
 def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> dict[str, torch.Tensor]:
     """Expressions -> "input_ids" and "attention_mask", int64 [E, T]; cut to max_tokens, padded to the longest, T."""
-    names, parts = ("input_ids", "attention_mask"), []
+    ids = []
     for start in range(0, len(expressions), 4096):  # in parts: what the tokenizer returns beside the ids is large
-        some = expressions[start : start + 4096]
-        encoded = tokenizer(some, padding="max_length", truncation=True, max_length=max_tokens)
-        parts.append({name: torch.tensor(encoded[name]) for name in names})
-    tokens = {name: torch.cat([part[name] for part in parts]) for name in names}
-    longest = int(tokens["attention_mask"].sum(1).max())
-    return {name: values[:, :longest] for name, values in tokens.items()}
+        ids += tokenizer(expressions[start : start + 4096], truncation=True, max_length=max_tokens)["input_ids"]
+    ids = [torch.tensor(one) for one in ids]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+    }
 
 
 # The dataset
@@ -293,11 +266,12 @@ def locate(name: str, data: Path) -> tuple[Path, list[Path]]:
     Args:
         name: a key of DATASETS, a folder, or the refs file itself where a folder holds several.
     """
-    if name in DATASETS:
-        refs = data / DATASETS[name].refs
-        if name == "shapes" and not refs.parent.exists():
-            generate_shapes(refs.parent)
-        return refs, [data / folder for folder in DATASETS[name].images]
+    if name == "shapes":
+        name = data / "shapes"
+        if not name.exists():
+            generate_shapes(name)
+    elif name in DATASETS:
+        return data / DATASETS[name].refs, [data / folder for folder in COCO_IMAGES]
     refs = Path(name)
     if refs.is_dir():
         found = sorted([*refs.glob("refs*.p"), *refs.glob("refs.json")])
@@ -345,12 +319,12 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
         annotations = {a["id"]: a["segmentation"] for a in instances.get("annotations", [])}
         place = {image_id: number for number, image_id in enumerate(entries)}
         refs = sorted(enumerate(refs), key=lambda pair: place.get(pair[1]["image_id"], -1))  # an image's side by side
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{instances_file} is not JSON ({error}). Is it whole?") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{instances_file} or {refs_file} is not in REFER's format (at {error!r})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{instances_file} is not JSON, or it or {refs_file} is not in REFER's format ({error!r})"
+        ) from None
     folders = [Path(images)] if images else folders
-    some = [str(entry["file_name"]) for entry in itertools.islice(entries.values(), 20)]
+    some = [str(image["file_name"]) for image in instances["images"][:20]]
     folder = max(folders, key=lambda folder: sum((folder / file).is_file() for file in some))
     if not folder.is_dir():
         raise InputError(f"there is no image folder {folders[0]}: say where the images of {name} lie with --images DIR")
@@ -367,20 +341,19 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
             if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
                 raise ValueError(f"an image name that leads out of its folder, {image['file_name']}")
             if "height" not in image:
-                with readable(file):
-                    image["width"], image["height"] = Image.open(file).size
+                image["width"], image["height"] = open_image(file, lambda opened: opened.size)
             height, width = int(image["height"]), int(image["width"])
             if min(height, width) < 1 or height * width > 2 * Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"its image cannot have {height} x {width} pixels")
             if not isinstance(ref["split"], str) or not re.fullmatch(r"\w[\w.+-]{0,50}", ref["split"]):
                 raise ValueError(f"its split must be a name of letters and digits, not {ref['split']!r}")
-            # a blank sentence counts, as for peers
-            sentences = [one if isinstance(one, dict) else {"raw": one} for one in ref["sentences"]]
-            right = isinstance(ref["sentences"], list) and all(isinstance(one.get("raw"), str) for one in sentences)
-            if not right or not sentences:
+            sentences = ref["sentences"] if isinstance(ref["sentences"], (list, tuple)) else []
+            sentences = [one if isinstance(one, dict) else {"raw": one} for one in sentences]
+            if not sentences or not all(isinstance(one["raw"], str) for one in sentences):  # blank ones count
                 raise ValueError("its sentences must be a list of one or more texts")
             item = Referred(
-                ref_id, ref["image_id"], image["file_name"], height, width, json.dumps(segmentation).encode(),
+                ref_id, ref["image_id"], image["file_name"], height, width,
+                json.dumps(segmentation, default=bytes.decode).encode(),
                 [one.get("sent_id", sentence_count + i) for i, one in enumerate(sentences)],
                 [one["raw"].encode(errors="replace").decode().strip() for one in sentences],
             )  # fmt: skip
@@ -462,7 +435,8 @@ class RefDataset(torch.utils.data.Dataset):
     def image(self, index: int) -> Image.Image:
         """The image of sentence `index`, RGB at its own size. Raises InputError if instances.json has another shape."""
         item = self.object(index)
-        image = open_image(self.folder / item.file_name, upright=False)  # as COCO's masks lie on it
+        file = self.folder / item.file_name
+        image = open_image(file, read=lambda opened: to_rgb(opened, upright=False))  # as COCO's masks lie on it
         if abs(image.width / image.height * item.height / item.width - 1) > 0.1:
             found, said = f"{image.height} x {image.width}", f"{item.height} x {item.width}"
             raise InputError(f"{item.file_name} is {found}, but instances.json says {said}: its mask would not fit")
@@ -531,48 +505,51 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
     Args:
         every_image: decode the image and draw the mask of every object, not of a sample of 200.
     """
+    splits, folder = read_dataset(name, data, images)  # raises what training would raise
     wrong = []
 
     def row(what: str, found, expected=None) -> None:
-        if expected not in (None, found):
-            wrong.append(what)
-        verdict = "" if expected is None else "ok" if found == expected else f"WRONG, not {expected}"
-        print(f"{what:<46}{found:>16}   {verdict}")
+        verdict = ""
+        if expected is not None:
+            verdict = "ok" if found == expected else f"WRONG, not {expected}"
+        wrong.append(verdict.startswith("WRONG"))
+        print(f"{what:<46}{found!s:>16}   {verdict}")
 
-    splits, folder = read_dataset(name, data, images)  # raises what training would raise
-    known = DATASETS[name].sizes if name in DATASETS else {}
     print(f"{name}; images in {folder}")
-    for split in dict.fromkeys([*known, "train", "val", *splits]):
+    sizes = DATASETS[name].sizes if name in DATASETS else {}
+    for split in dict.fromkeys([*sizes, "train", "val", *splits]):
         items = splits.get(split, [])
-        found = f"{len(items)}, {len({item.image_id for item in items})}"
-        row(f"{split}: refs, images", found, "{}, {}".format(*known[split]) if split in known else None)
-    row("blank sentences", sum(not text for items in splits.values() for item in items for text in item.sentences))
-    missing = {item.file_name for items in splits.values() for item in items}
-    missing = sorted(file for file in missing if not (folder / file).is_file())
-    row("image files missing", len(missing), 0)
-    datasets = (RefDataset(name, split, data, images) for split in splits)
+        row(f"{split}: refs, images", (len(items), len({item.image_id for item in items})), sizes.get(split))
+    datasets = [RefDataset(name, split, data, images) for split in splits]
     objects = [(dataset, int(first)) for dataset in datasets for first in dataset.first[:-1]]
-    objects = [objects[i] for i in np.random.default_rng(0).permutation(len(objects))]
-    objects = [one for one in objects if one[0].object(one[1]).file_name not in missing][: None if every_image else 200]
+    np.random.default_rng(0).shuffle(objects)
+    row("blank sentences", sum(not text for dataset in datasets for text in dataset.expressions))
+    files = {dataset.object(index).file_name for dataset, index in objects}
+    missing = {file for file in files if not (folder / file).is_file()}
+    row("image files missing", len(missing), 0)
+    objects = [(dataset, index) for dataset, index in objects if dataset.object(index).file_name not in missing]
+    objects = objects if every_image else objects[:200]
+
     broken, samples, empty = [], [], 0
     for dataset, index in tqdm(objects, desc="decoding", unit="object", disable=None):
         try:
             image, mask = dataset.image(index), dataset.mask(index)
-            empty += not mask.any()
-            if len(samples) < 12:
-                samples.append([(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))])
         except InputError as error:
             broken.append(str(error))
+            continue
+        empty += not mask.any()
+        if len(samples) < 12:
+            samples.append([(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))])
     row(f"broken, of {len(objects)} images and masks" + " (--all: every one)" * (not every_image), len(broken), 0)
     row("of these, masks without a pixel", empty)
-    for one in [f"missing: {file}" for file in missing[:5]] + [f"broken: {error}" for error in broken[:5]]:
+    for one in [f"missing: {file}" for file in sorted(missing)[:5]] + [f"broken: {error}" for error in broken[:5]]:
         print(one)
     if samples:
         path = Path("runs") / f"check-{Path(name).resolve().name}.png"
         path.parent.mkdir(exist_ok=True)
         sheet(path, [("", sum(samples[i : i + 3], [])) for i in range(0, len(samples), 3)])
         print(f"{len(samples)} samples with their masks: {path}")
-    return not wrong
+    return not any(wrong)
 
 
 @command_line
@@ -596,15 +573,13 @@ COLORS = {
 }  # fmt: skip
 SIZES = {"small": (10.0, 12.0), "large": (16.0, 19.0)}  # radius in pixels of the circle of the same area
 MARGIN = 12  # pixels by which a place or a relation must hold
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
-PLACES = {
-    "left": ("left {}", "{} on the left"), "right": ("right {}", "{} on the right"),
-    "top": ("top {}", "{} at the top"), "bottom": ("bottom {}", "{} at the bottom"),
-}  # fmt: skip
-RELATIONS = {
-    "left": ("{} left of the {}", "{} to the left of the {}"), "top": ("{} above the {}", "{} over the {}"),
-    "right": ("{} right of the {}", "{} to the right of the {}"), "bottom": ("{} below the {}", "{} under the {}"),
-}  # fmt: skip
+DIRECTIONS = [  # which way, and the wordings of a place and of a relation
+    ((-1, 0), ("left {}", "{} on the left"), ("{} left of the {}", "{} to the left of the {}")),
+    ((1, 0), ("right {}", "{} on the right"), ("{} right of the {}", "{} to the right of the {}")),
+    ((0, -1), ("top {}", "{} at the top"), ("{} above the {}", "{} over the {}")),
+    ((0, 1), ("bottom {}", "{} at the bottom"), ("{} below the {}", "{} under the {}")),
+]
+PHRASES = ("{shape}", "{color} thing", "{color} {shape}", "{size} {shape}", "{size} {color} {shape}")
 SCENES = {  # split -> scenes, and the kinds of the targets of each; every target gets two sentences of its kind
     "train": (3600, ("attribute", "place", "relation")),
     "val": (200, ("attribute", "place", "relation")),
@@ -616,7 +591,7 @@ SCENES = {  # split -> scenes, and the kinds of the targets of each; every targe
 def star(points: int, inner: float) -> np.ndarray:
     """The corners [2 * points, 2] of a star around (0, 0), every other one at the inner radius."""
     angles = np.arange(2 * points) * math.pi / points - math.pi / 2
-    return np.where(np.arange(2 * points) % 2, inner, 1.0)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
+    return np.tile([1.0, inner], points)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
 def unit_area(points: np.ndarray) -> np.ndarray:
@@ -640,20 +615,24 @@ def sample_scene(rng: np.random.Generator) -> list[dict]:
         colors = rng.choice(list(COLORS), 3, replace=False)
         objects = []
         for _ in range(int(rng.integers(3, 7))):
-            shape, color, size = str(rng.choice(shapes)), str(rng.choice(colors)), str(rng.choice(list(SIZES)))
+            attributes = {
+                "shape": rng.choice(shapes),
+                "color": rng.choice(colors),
+                "size": rng.choice(list(SIZES)),
+            }
             angle = rng.uniform(-0.3, 0.3)
             turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-            polygon = SHAPES[shape] @ turn * rng.uniform(*SIZES[size])
+            polygon = SHAPES[attributes["shape"]] @ turn * rng.uniform(*SIZES[attributes["size"]])
             reach = np.linalg.norm(polygon, axis=1).max()
-            for _ in range(20):
-                center = rng.uniform(reach + 1, CANVAS - reach - 1, 2)
-                if all(np.linalg.norm(center - o["center"]) > reach + o["reach"] + 2 for o in objects):
-                    attributes = {"shape": shape, "color": color, "size": size}
-                    polygon = (polygon + center).round(2)
-                    objects.append({"attributes": attributes, "center": center, "reach": reach, "polygon": polygon})
-                    break
-            else:
+            centers = (rng.uniform(reach + 1, CANVAS - reach - 1, 2) for _ in range(20))
+            free = (
+                c for c in centers if all(np.linalg.norm(c - o["center"]) > reach + o["reach"] + 2 for o in objects)
+            )
+            center = next(free, None)
+            if center is None:
                 break
+            polygon = (polygon + center).round(2)
+            objects.append({"attributes": attributes, "center": center, "reach": reach, "polygon": polygon})
         else:
             return objects
 
@@ -661,37 +640,33 @@ def sample_scene(rng: np.random.Generator) -> list[dict]:
 def describe(objects: list[dict], target: dict, kind: str) -> list[list[str]]:
     """All pairs of sentences of a kind that are true of `target` and, with a margin, of nothing else in the scene."""
 
-    def phrases(item):
-        for keys in (("shape",), ("color",), ("color", "shape"), ("size", "shape"), ("size", "color", "shape")):
-            yield {key: item["attributes"][key] for key in keys}
+    def names(item):
+        """What it may be called, and the objects that may be called so."""
+        for phrase in PHRASES:
+            name = phrase.format(**item["attributes"])
+            yield name, [o for o in objects if phrase.format(**o["attributes"]) == name]
 
-    def matches(phrase):
-        return [o for o in objects if phrase.items() <= o["attributes"].items()]
-
-    def words(phrase):
-        return " ".join(
-            word for word in (phrase.get("size"), phrase.get("color"), phrase.get("shape", "thing")) if word
-        )
+    def unique_names(item):
+        return [name for name, fits in names(item) if len(fits) == 1]
 
     def ahead(item, other, direction):  # pixels by which item lies further in a direction
-        return float(np.dot(item["center"] - other["center"], DIRECTIONS[direction]))
+        return np.dot(item["center"] - other["center"], direction)
 
     if kind == "attribute":
-        unique = [words(phrase) for phrase in phrases(target) if len(matches(phrase)) == 1]
+        unique = unique_names(target)
         return [[a, b] for a in unique for b in unique if a != b] or [[a, f"the {a}"] for a in unique]
     found = []
-    for phrase, direction in itertools.product(phrases(target), DIRECTIONS):
-        rivals = [o for o in matches(phrase) if o is not target]
+    for (name, fits), (direction, places, relations) in itertools.product(names(target), DIRECTIONS):
+        rivals = [o for o in fits if o is not target]
         if kind == "place" and rivals and all(ahead(target, o, direction) >= MARGIN for o in rivals):
-            found.append([wording.format(words(phrase)) for wording in PLACES[direction]])
+            found.append([wording.format(name) for wording in places])
         for landmark in objects if kind == "relation" else ():
             others = [o for o in rivals if o is not landmark]
             distance = ahead(target, landmark, direction)
             aside = np.abs(target["center"] - landmark["center"]).sum() - abs(distance)
             clear = distance >= max(MARGIN, aside) and all(ahead(o, landmark, direction) <= 0 for o in others)
-            if landmark is not target and others and clear:
-                for name in (words(p) for p in phrases(landmark) if len(matches(p)) == 1):
-                    found.append([wording.format(words(phrase), name) for wording in RELATIONS[direction]])
+            if others and clear:  # never true of the target itself, which lies no pixel ahead
+                found += [[wording.format(name, other) for wording in relations] for other in unique_names(landmark)]
     return found
 
 
