@@ -76,6 +76,7 @@ DATASETS = {  # the sizes: TensorFlow Datasets' documentation of ref_coco
 }  # fmt: skip
 COCO_IMAGES = ("images/train2014", "images/mscoco/images/train2014")  # under --data
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
+REACH = 1_000_000  # pixels from the origin round a polygon and back, at most; to draw that takes 0.4 GB
 
 
 # Reading: pickles, masks, images
@@ -117,10 +118,8 @@ def read_refs(path: Path) -> list[dict]:
 def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """COCO segmentation -> bool [height, width], as COCO's own tools decode it.
 
-    Args:
-        segmentation: a list of polygons [x0, y0, x1, y1, ..] in pixels, of RLEs or of both, which is their union; or
-            one RLE {"size": [h, w], "counts": ..} with counts as a list or as COCO's compressed string.
-
+    A segmentation is a list of polygons [x0, y0, x1, y1, ..] in pixels, of RLEs, or of both; or one RLE {"size":
+    [h, w], "counts": ..}, with counts as a list or as COCO's compressed string. A list means the union of its parts.
     Raises InputError if it is none of these, an RLE does not fill the image exactly, or a polygon is longer than REACH.
     """
     try:
@@ -135,9 +134,6 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
         raise InputError(
             f"a segmentation can't be drawn; it must be a list of polygons [x0, y0, x1, y1, ..] or of RLEs ({error})"
         ) from None
-
-
-REACH = 1_000_000  # pixels; to draw an outline of that length takes 0.4 GB
 
 
 def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> np.ndarray:
@@ -173,7 +169,7 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
     """COCO's run lengths, column by column, background first -> bool [height, width]."""
     counts = rle["counts"]
     if isinstance(counts, (str, bytes)):
-        counts = decode_counts(counts.encode() if isinstance(counts, str) else counts)
+        counts = decode_counts(counts if isinstance(counts, str) else counts.decode())
     counts = np.asarray(counts, dtype=np.int64)
     pixels = height * width
     if list(rle["size"]) != [height, width] or ((counts < 0) | (counts > pixels)).any() or counts.sum() != pixels:
@@ -182,20 +178,15 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
     return np.repeat(values, counts).reshape(width, height).T
 
 
-def decode_counts(text: bytes) -> list[int]:
+def decode_counts(text: str) -> list[int]:
     """COCO's compressed string: 5 bits a character, least first; from the third run on, the change since two before."""
-    counts, value, shift = [], 0, 0
-    for character in text:
-        bits = character - 48
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if shift > 60:
-            raise ValueError("a compressed RLE string holds a number that is too large")
-        if not bits & 0x20:  # the last character of this number; its sign is bit 0x10
-            if bits & 0x10:
-                value -= 1 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value, shift = 0, 0
+    counts = []
+    for number in re.findall("[P-o]{,11}[0-O]", text):  # bit 0x20, which P to o have: the number goes on
+        bits = [(ord(character) - 48) & 0x1F for character in number]
+        value = sum(five << 5 * place for place, five in enumerate(bits))
+        if bits[-1] & 0x10:  # the sign
+            value -= 1 << 5 * len(bits)
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
     return counts
 
 
@@ -249,8 +240,8 @@ def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) 
     """Expressions -> "input_ids" and "attention_mask", int64 [E, T]; cut to max_tokens, padded to the longest, T."""
     ids = []
     for start in range(0, len(expressions), 4096):  # in parts: what the tokenizer returns beside the ids is large
-        ids += tokenizer(expressions[start : start + 4096], truncation=True, max_length=max_tokens)["input_ids"]
-    ids = [torch.tensor(one) for one in ids]
+        part = tokenizer(expressions[start : start + 4096], truncation=True, max_length=max_tokens)
+        ids += map(torch.tensor, part["input_ids"])
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
@@ -266,12 +257,11 @@ def locate(name: str, data: Path) -> tuple[Path, list[Path]]:
     Args:
         name: a key of DATASETS, a folder, or the refs file itself where a folder holds several.
     """
-    if name == "shapes":
-        name = data / "shapes"
-        if not name.exists():
-            generate_shapes(name)
-    elif name in DATASETS:
-        return data / DATASETS[name].refs, [data / folder for folder in COCO_IMAGES]
+    if name in DATASETS:
+        refs = data / DATASETS[name].refs
+        if name == "shapes" and not refs.parent.exists():
+            generate_shapes(refs.parent)
+        return refs, [*(data / folder for folder in COCO_IMAGES), refs.parent / "images"]
     refs = Path(name)
     if refs.is_dir():
         found = sorted([*refs.glob("refs*.p"), *refs.glob("refs.json")])
@@ -307,9 +297,7 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
     instances_file = refs_file.with_name("instances.json")
     for file in (instances_file, refs_file):
         if not file.is_file():
-            raise InputError(
-                f"{file} is missing: see 'RefCOCO' or 'Your own data' in the README, or try --dataset shapes"
-            )
+            raise InputError(f"{file} is missing: see RefCOCO or Your own data in the README, or try --dataset shapes")
     refs = read_refs(refs_file)
     try:
         instances = json.loads(instances_file.read_bytes())
@@ -500,56 +488,55 @@ def sheet(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]], sid
 
 
 def check(name: str, data: str = "data", every_image: bool = False, images: str | None = None) -> bool:
-    """Print what of a dataset is on disk beside what should be there, and draw 12 samples; True if nothing is wrong.
+    """Print what of a dataset is on disk and what is wrong with it, and draw 12 samples; True if nothing is wrong.
 
-    Args:
-        every_image: decode the image and draw the mask of every object, not of a sample of 200.
+    every_image: decode the image and draw the mask of every object, not of a sample of 200.
     """
     splits, folder = read_dataset(name, data, images)  # raises what training would raise
     wrong = []
 
-    def row(what: str, found, expected=None) -> None:
-        verdict = ""
-        if expected is not None:
-            verdict = "ok" if found == expected else f"WRONG, not {expected}"
-        wrong.append(verdict.startswith("WRONG"))
-        print(f"{what:<46}{found!s:>16}   {verdict}")
+    def row(what: str, found) -> None:
+        print(f"{what:<46}{found!s:>16}")
 
     print(f"{name}; images in {folder}")
     sizes = DATASETS[name].sizes if name in DATASETS else {}
     for split in dict.fromkeys([*sizes, "train", "val", *splits]):
         items = splits.get(split, [])
-        row(f"{split}: refs, images", (len(items), len({item.image_id for item in items})), sizes.get(split))
+        found = len(items), len({item.image_id for item in items})
+        row(f"{split}: refs, images", found)
+        if found != sizes.get(split, found):
+            wrong.append(f"{split}: WRONG, not {sizes[split]}")
     datasets = [RefDataset(name, split, data, images) for split in splits]
-    objects = [(dataset, int(first)) for dataset in datasets for first in dataset.first[:-1]]
-    np.random.default_rng(0).shuffle(objects)
     row("blank sentences", sum(not text for dataset in datasets for text in dataset.expressions))
-    files = {dataset.object(index).file_name for dataset, index in objects}
+    files = {item.file_name for items in splits.values() for item in items}
     missing = {file for file in files if not (folder / file).is_file()}
-    row("image files missing", len(missing), 0)
-    objects = [(dataset, index) for dataset, index in objects if dataset.object(index).file_name not in missing]
-    objects = objects if every_image else objects[:200]
+    row("image files missing", len(missing))
+    wrong += [f"missing: {file}" for file in sorted(missing)[:5]]
 
+    objects = [(dataset, int(first)) for dataset in datasets for first in dataset.first[:-1]]
+    objects = [(dataset, index) for dataset, index in objects if dataset.object(index).file_name not in missing]
+    np.random.default_rng(0).shuffle(objects)
+    objects = objects if every_image else objects[:200]
     broken, samples, empty = [], [], 0
     for dataset, index in tqdm(objects, desc="decoding", unit="object", disable=None):
         try:
             image, mask = dataset.image(index), dataset.mask(index)
         except InputError as error:
-            broken.append(str(error))
+            broken.append(f"broken: {error}")
             continue
         empty += not mask.any()
         if len(samples) < 12:
             samples.append([(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))])
-    row(f"broken, of {len(objects)} images and masks" + " (--all: every one)" * (not every_image), len(broken), 0)
+    row(f"broken, of {len(objects)} images and masks" + " (--all: every one)" * (not every_image), len(broken))
     row("of these, masks without a pixel", empty)
-    for one in [f"missing: {file}" for file in sorted(missing)[:5]] + [f"broken: {error}" for error in broken[:5]]:
-        print(one)
+    wrong += broken[:5]
+    print("\n".join(wrong) or "nothing is wrong")
     if samples:
         path = Path("runs") / f"check-{Path(name).resolve().name}.png"
         path.parent.mkdir(exist_ok=True)
         sheet(path, [("", sum(samples[i : i + 3], [])) for i in range(0, len(samples), 3)])
         print(f"{len(samples)} samples with their masks: {path}")
-    return not any(wrong)
+    return not wrong
 
 
 @command_line
@@ -596,16 +583,19 @@ def star(points: int, inner: float) -> np.ndarray:
 
 def unit_area(points: np.ndarray) -> np.ndarray:
     """A polygon scaled to the area of the unit circle."""
-    x, y = np.asarray(points, dtype=float).T
+    x, y = points.T
     area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
     return points * math.sqrt(math.pi / area)
 
 
-CROSS = np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)], dtype=float)
-SQUARE = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
-SHAPES = {"circle": star(24, 1.0), "square": SQUARE, "triangle": star(3, 0.5), "star": star(5, 0.45),
-          "cross": np.concatenate([CROSS, -CROSS])}  # fmt: skip
-SHAPES = {shape: unit_area(points) for shape, points in SHAPES.items()}
+ARMS = np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)])  # of a cross: two of four
+SHAPES = {
+    "circle": unit_area(star(24, 1.0)),
+    "square": unit_area(np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])),
+    "triangle": unit_area(star(3, 0.5)),
+    "star": unit_area(star(5, 0.45)),
+    "cross": unit_area(np.concatenate([ARMS, -ARMS])),
+}
 
 
 def sample_scene(rng: np.random.Generator) -> list[dict]:
@@ -615,24 +605,19 @@ def sample_scene(rng: np.random.Generator) -> list[dict]:
         colors = rng.choice(list(COLORS), 3, replace=False)
         objects = []
         for _ in range(int(rng.integers(3, 7))):
-            attributes = {
-                "shape": rng.choice(shapes),
-                "color": rng.choice(colors),
-                "size": rng.choice(list(SIZES)),
-            }
+            shape, color, size = rng.choice(shapes), rng.choice(colors), rng.choice(list(SIZES))
             angle = rng.uniform(-0.3, 0.3)
             turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-            polygon = SHAPES[attributes["shape"]] @ turn * rng.uniform(*SIZES[attributes["size"]])
+            polygon = SHAPES[shape] @ turn * rng.uniform(*SIZES[size])
             reach = np.linalg.norm(polygon, axis=1).max()
-            centers = (rng.uniform(reach + 1, CANVAS - reach - 1, 2) for _ in range(20))
-            free = (
-                c for c in centers if all(np.linalg.norm(c - o["center"]) > reach + o["reach"] + 2 for o in objects)
-            )
-            center = next(free, None)
-            if center is None:
-                break
+            for _ in range(20):
+                center = rng.uniform(reach + 1, CANVAS - reach - 1, 2)
+                if all(np.linalg.norm(center - o["center"]) > reach + o["reach"] + 2 for o in objects):
+                    break
+            else:
+                break  # no room for it
             polygon = (polygon + center).round(2)
-            objects.append({"attributes": attributes, "center": center, "reach": reach, "polygon": polygon})
+            objects.append(dict(shape=shape, color=color, size=size, center=center, reach=reach, polygon=polygon))
         else:
             return objects
 
@@ -643,8 +628,8 @@ def describe(objects: list[dict], target: dict, kind: str) -> list[list[str]]:
     def names(item):
         """What it may be called, and the objects that may be called so."""
         for phrase in PHRASES:
-            name = phrase.format(**item["attributes"])
-            yield name, [o for o in objects if phrase.format(**o["attributes"]) == name]
+            name = phrase.format(**item)
+            yield name, [o for o in objects if phrase.format(**o) == name]
 
     def unique_names(item):
         return [name for name, fits in names(item) if len(fits) == 1]
@@ -675,7 +660,7 @@ def draw_scene(objects: list[dict], rng: np.random.Generator) -> Image.Image:
     zoom = 4  # drawn larger, then shrunk: smooth edges
     canvas = Image.new("RGBA", (CANVAS * zoom, CANVAS * zoom))
     for item in objects:
-        color = np.clip(np.array(COLORS[item["attributes"]["color"]]) + rng.integers(-20, 21, 3), 0, 255)
+        color = np.clip(np.array(COLORS[item["color"]]) + rng.integers(-20, 21, 3), 0, 255)
         ImageDraw.Draw(canvas).polygon([tuple(point * zoom) for point in item["polygon"]], tuple(map(int, color)))
     canvas = np.asarray(canvas.resize((CANVAS, CANVAS), Image.Resampling.BOX), dtype=np.float32)
     slope = np.add.outer(*rng.uniform(-30, 30, 2)[:, None] * np.linspace(-0.5, 0.5, CANVAS))
@@ -685,13 +670,8 @@ def draw_scene(objects: list[dict], rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def generate_shapes(folder: Path, seed: int = 0, scenes: dict | None = None) -> None:
-    """Write the shapes dataset in REFER's format; the same seed gives the same bytes.
-
-    Args:
-        scenes: split -> (number of scenes, kinds of their targets); SCENES if not given.
-    """
-    scenes = scenes or SCENES
+def generate_shapes(folder: Path, seed: int = 0, scenes: dict = SCENES) -> None:
+    """Write the shapes dataset in REFER's format; the same seed gives the same bytes."""
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")  # a run that is stopped here leaves no half dataset
     (part / "images").mkdir(parents=True)
     print(f"drawing the shapes dataset into {folder}", flush=True)
@@ -707,25 +687,26 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict | None = None) -> 
         images.append(image)
         draw_scene(objects, rng).save(part / "images" / image["file_name"], quality=92)
         first = len(annotations)
-        for polygon, attributes in ((item["polygon"], item["attributes"]) for item in objects):
-            (left, top), (right, bottom) = polygon.min(0).tolist(), polygon.max(0).tolist()
+        for item in objects:
+            (left, top), (right, bottom) = item["polygon"].min(0).tolist(), item["polygon"].max(0).tolist()
             annotations.append({
                 "id": len(annotations), "image_id": image["id"], "iscrowd": 0,
-                "category_id": 1 + list(SHAPES).index(attributes["shape"]),
+                "category_id": 1 + list(SHAPES).index(item["shape"]),
                 "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
-                "area": int(fill_polygon(polygon, CANVAS, CANVAS).sum()),
-                "segmentation": [polygon.ravel().tolist()], "attributes": attributes,
+                "area": int(fill_polygon(item["polygon"], CANVAS, CANVAS).sum()),
+                "segmentation": [item["polygon"].ravel().tolist()],
+                "attributes": {name: item[name] for name in ("shape", "color", "size")},
             })  # fmt: skip
         for position, texts in targets:
-            annotation, sent_ids = annotations[first + position], [2 * len(refs), 2 * len(refs) + 1]
+            annotation = annotations[first + position]
             sentences = [
-                {"sent_id": sent_id, "sent": text, "raw": text, "tokens": text.split()}
-                for sent_id, text in zip(sent_ids, texts)
+                {"sent_id": 2 * len(refs) + i, "sent": text, "raw": text, "tokens": text.split()}
+                for i, text in enumerate(texts)
             ]
             refs.append({
                 "ref_id": len(refs), "ann_id": annotation["id"], "image_id": image["id"], "split": split,
-                "category_id": annotation["category_id"], "file_name": image["file_name"], "sent_ids": sent_ids,
-                "sentences": sentences,
+                "category_id": annotation["category_id"], "file_name": image["file_name"],
+                "sent_ids": [sentence["sent_id"] for sentence in sentences], "sentences": sentences,
             })  # fmt: skip
     categories = [{"id": 1 + i, "name": shape} for i, shape in enumerate(SHAPES)]
     instances = {"info": {"seed": seed}, "images": images, "annotations": annotations, "categories": categories}
@@ -737,14 +718,15 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict | None = None) -> 
 
 def choose_targets(objects: list[dict], kinds: tuple[str, ...], rng: np.random.Generator) -> list | None:
     """A distinct object for each kind, with its two sentences; None if the scene has none."""
-    targets, free = [], list(rng.permutation(len(objects)))
+    targets, free = [], rng.permutation(len(objects)).tolist()
     for kind in reversed(kinds):  # the rarest first
-        options = ((i, describe(objects, objects[i], kind)) for i in free)
-        position, found = next(((i, found) for i, found in options if found), (None, None))
-        if found is None:
+        for position in free:
+            if found := describe(objects, objects[position], kind):
+                break
+        else:
             return None
         free.remove(position)
-        targets.append((int(position), found[int(rng.integers(len(found)))]))
+        targets.append((position, found[rng.integers(len(found))]))
     return targets
 
 
