@@ -89,7 +89,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings, lists and dicts; a pickle that names any class or function is refused unrun."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"refused, for it names {module}.{name} and not plain data alone: don't use it")
+        raise pickle.UnpicklingError(f"refused, since it names {module}.{name}; refs are plain data only")
 
 
 def read_refs(path: Path) -> list[dict]:
@@ -530,7 +530,7 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
     row(f"broken, of {len(objects)} images and masks" + " (--all: every one)" * (not every_image), len(broken))
     row("of these, masks without a pixel", empty)
     wrong += broken[:5]
-    print("\n".join(wrong) or "nothing is wrong")
+    print("\n".join(wrong) or "nothing wrong was found")
     if samples:
         path = Path("runs") / f"check-{Path(name).resolve().name}.png"
         path.parent.mkdir(exist_ok=True)
