@@ -23,13 +23,14 @@ from data import InputError, make_tokenizer
 from selection import INITIAL_LOG_TAU, VARIANTS, AttentionLayer, hide_padding, pixel_contrastive_loss
 
 
-def bert_base() -> dict:
-    return dict(vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
-
-
-BERT_FIELDS = (
-    *bert_base(), "hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id",
+BERT_FIELDS = (  # of transformers' BertConfig, whose defaults are BERT-base
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id",
 )  # fmt: skip
+
+
+def bert_base() -> dict:
+    return {name: getattr(BertConfig(), name) for name in BERT_FIELDS}
 
 
 @dataclass
@@ -78,6 +79,8 @@ class VEGAConfig:
             raise ValueError(f"there is no variant {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
         if set(self.bert) - set(BERT_FIELDS):
             raise ValueError(f"BERT's config names {min(set(self.bert) - set(BERT_FIELDS))}, which is none of VEGA's")
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"the ratio of selected pixels is {self.ratio}, but must lie in (0, 1]")
         if not (0 <= self.drop_path < 1 and 0 <= self.dropout < 1):
             raise ValueError(f"dropout {self.dropout} and drop path {self.drop_path} must lie in [0, 1)")
         if not (self.contrastive >= 0 and self.dice >= 0):
@@ -177,9 +180,10 @@ class VisionEncoder(nn.Module):
                 block.attn.fused_attn = True  # timm leaves it off; the same to 1e-5, and a GPU stores no attention maps
         start_from_scratch(self.swin)
         self.dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
-        gated = [i < len(self.dims) - 1 for i in range(len(self.dims))]
-        self.fusions = nn.ModuleList(map(EarlyFusion, self.dims, [config.bert["hidden_size"]] * len(gated), gated))
-        self.norms = nn.ModuleList(map(nn.LayerNorm, self.dims))
+        self.fusions = nn.ModuleList(
+            EarlyFusion(dim, config.bert["hidden_size"], gated=dim < self.dims[-1]) for dim in self.dims
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in self.dims)
         if config.coordinates:
             self.coordinates = nn.Linear(2, config.embed_dim)
             with torch.no_grad():  # as strong as the patches; at torch's own scale some seeds learn no places at all
@@ -225,14 +229,15 @@ class Decoder(nn.Module):
     def forward(self, features: list[Tensor], G: Tensor, mask_G: Tensor) -> Tensor:
         """features [B, H_i, W_i, C_i] with stride 4 first, G [B, R, D], mask_G [B, R] -> logits [B, H / 4, W / 4]."""
         *skips, last = features
-        x = self.attentions[0](self.project(last).flatten(1, 2), G, mask_G).unflatten(1, last.shape[1:3])
+        bias = hide_padding(mask_G)  # [B, 1, R]
+        x = self.attentions[0](self.project(last).flatten(1, 2), G, bias).unflatten(1, last.shape[1:3])
         for skip, project_x, project_skip, convolution, attention in zip(
             reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:]
         ):
             # a linear layer over the concatenated maps, as the sum of its two halves: x is cheaper while it is small
             x = F.interpolate(project_x(x).permute(0, 3, 1, 2), skip.shape[1:3], mode="bilinear")
             x = convolution(x + project_skip(skip).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H_i, W_i, width]
-            x = attention(x.flatten(1, 2), G, mask_G).unflatten(1, skip.shape[1:3])
+            x = attention(x.flatten(1, 2), G, bias).unflatten(1, skip.shape[1:3])
         return self.head(x)[..., 0]
 
 
@@ -243,9 +248,7 @@ class VEGA(nn.Module):
         super().__init__()
         self.config = config
         heads, dropout = config.attention_heads, config.dropout
-        bert_config = BertConfig(
-            **{**config.bert, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        )
+        bert_config = BertConfig(**config.bert, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
         self.bert = BertModel(bert_config, add_pooling_layer=False)
         self.vision = VisionEncoder(config)
         D = bert_config.hidden_size

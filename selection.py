@@ -51,12 +51,8 @@ class AttentionLayer(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, q: Tensor, kv: Tensor, mask_l: Tensor | None = None) -> Tensor:
-        """q [B, Q, dim], kv [B, R, kv_dim], mask_l [B, R] 1 for the keys that are real -> [B, Q, dim]."""
-        return self.attend(q, kv, None if mask_l is None else hide_padding(mask_l))
-
-    def attend(self, q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-        """The same with a bias [B, 1 or Q, R] that is added to the scores of every head."""
+    def forward(self, q: Tensor, kv: Tensor, bias: Tensor | None = None) -> Tensor:
+        """q [B, Q, dim], kv [B, R, kv_dim] -> [B, Q, dim]. bias [B, 1 or Q, R], such as M_hat, is added to the scores."""
         query, key, value = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, Q or R, dim / heads]
             for linear, x in ((self.query, q), (self.key, kv), (self.value, kv))
@@ -69,12 +65,11 @@ class AttentionLayer(nn.Module):
         return self.norm(q + F.dropout(attended, self.dropout, self.training))
 
 
-class TopKAttention(AttentionLayer):
-    """The cross-attention of Algorithm 1: each query sees the pixels that M_hat leaves it."""
+class SelfAttention(AttentionLayer):
+    """The self-attention of Algorithm 1, whose mask_l [B, R] is 1 for real tokens and 0 for padding."""
 
-    def forward(self, q: Tensor, kv: Tensor, M_hat: Tensor | None = None) -> Tensor:
-        """q [B, T, dim], kv [B, N, dim], M_hat [B, T, N] 0 for selected pixels and -1e4 for others -> [B, T, dim]."""
-        return self.attend(q, kv, M_hat)
+    def forward(self, q: Tensor, kv: Tensor, mask_l: Tensor | None = None) -> Tensor:
+        return super().forward(q, kv, None if mask_l is None else hide_padding(mask_l))
 
 
 class VISBlock(nn.Module):
@@ -90,18 +85,16 @@ class VISBlock(nn.Module):
     Args:
         dim: channels D of both features.
         num_heads, dropout: ours, of both attention layers.
-        ratio: the share of the pixels that each token selects; 0.3 in the paper (Table 6).
+        ratio: the share of the pixels that each token selects, in (0, 1]; 0.3 in the paper (Table 6).
     """
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
-        if not 0 < ratio <= 1:
-            raise ValueError(f"the ratio of selected pixels is {ratio}, but must lie in (0, 1]")
         self.ratio = ratio
         self.proj_v = nn.Linear(dim, dim)  # phi_v of Eq. 1
         self.proj_l = nn.Linear(dim, dim)  # phi_l
-        self.cross_attention = TopKAttention(dim, num_heads, dropout=dropout)
-        self.self_attention = AttentionLayer(dim, num_heads, dropout=dropout)
+        self.cross_attention = AttentionLayer(dim, num_heads, dropout=dropout)
+        self.self_attention = SelfAttention(dim, num_heads, dropout=dropout)
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         """Select pixels for each token, and make the guidance set of them.
@@ -180,12 +173,10 @@ class Stepwise(nn.Module):
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
         self.ratio = ratio
+        attention = {"cross_attention": AttentionLayer, "self_attention": SelfAttention}
         for name in self.layers:
-            if name.startswith("proj"):
-                setattr(self, name, nn.Linear(dim, dim))
-            else:
-                layer = TopKAttention if name == "cross_attention" else AttentionLayer
-                setattr(self, name, layer(dim, num_heads, dropout=dropout))
+            layer = attention[name](dim, num_heads, dropout=dropout) if name in attention else nn.Linear(dim, dim)
+            self.add_module(name, layer)
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         tokens, mask = Q_l[:, self.selecting], mask_l[:, self.selecting]
@@ -194,21 +185,25 @@ class Stepwise(nn.Module):
             S = self.compare(F_v, tokens.float())
             M = self.select(S)
             M_hat = M * 1e4 - 1e4
-            E = self.pool(S, M, M_hat, F_v)
+            S_norm = self.normalise(S, M_hat)
+            E = self.pool(M, S_norm, F_v)
         Q_v = self.attend(E, F_v, M_hat, mask)
         return Selection(torch.cat([Q_l, Q_v], dim=1), torch.cat([mask_l, mask], dim=1), S, M)
-
-    def K(self, N: int) -> int:
-        return max(1, int(N * self.ratio))
 
     def compare(self, F_v: Tensor, Q_l: Tensor) -> Tensor:  # -> S
         return F.normalize(self.proj_l(Q_l), dim=-1) @ F.normalize(self.proj_v(F_v), dim=-1).mT
 
-    def select(self, S: Tensor) -> Tensor:  # -> M
-        return torch.zeros_like(S).scatter(-1, S.topk(self.K(S.shape[-1]), dim=-1).indices, 1.0)
+    def rank(self, S: Tensor) -> Tensor:  # -> rank_index
+        return S.topk(max(1, int(S.shape[-1] * self.ratio)), dim=-1).indices
 
-    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:  # -> E
-        return (M * torch.softmax(S + M_hat, dim=-1)) @ F_v / self.K(F_v.shape[1])
+    def select(self, S: Tensor) -> Tensor:  # -> M
+        return torch.zeros_like(S).scatter(-1, self.rank(S), 1.0)
+
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:  # -> S_norm
+        return torch.softmax(S + M_hat, dim=-1)
+
+    def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:  # -> E
+        return (M * S_norm) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)  # M.sum is K
 
     def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:  # -> Q_v
         Q_v = self.cross_attention(E, F_v, M_hat)
@@ -246,8 +241,8 @@ class TopKPixels(Stepwise):
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
             S = self.compare(F_v, Q_l[:, :1])  # [B, 1, N]
-        rank_index = S[:, 0].topk(self.K(S.shape[-1])).indices.sort().values  # [B, K]
-        F_topk = F_v.take_along_dim(rank_index[..., None], dim=1)  # [B, K, D]
+        rank_index = self.rank(S).sort().values  # [B, 1, K]
+        F_topk = F_v.take_along_dim(rank_index.mT, dim=1)  # [B, K, D]
         G = torch.cat([Q_l, F_topk], dim=1)  # [B, T + K, D]
         return Selection(G, F.pad(mask_l, (0, F_topk.shape[1]), value=1), S, self.select(S))
 
@@ -307,9 +302,6 @@ class SigmoidThreshold(Stepwise):
     def select(self, S: Tensor) -> Tensor:
         return (S.sigmoid() > 0.5).to(S.dtype)
 
-    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
-        return (M * torch.softmax(S + M_hat, dim=-1)) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)
-
 
 class NoSimilarityWeights(Stepwise):
     """Table 4c, row 1: E is the plain mean of the selected pixels. Eq. 5 alone teaches the projections.
@@ -317,22 +309,22 @@ class NoSimilarityWeights(Stepwise):
     Its weights sum to one, those of VEGA to 1 / K.
     """
 
-    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
-        return M @ F_v / self.K(F_v.shape[1])
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+        return torch.ones_like(S)
 
 
 class NoNormalisation(Stepwise):
     """Table 4d, row 1: the similarities weigh as they are, also negative ones. Ours: M still selects."""
 
-    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
-        return (M * S) @ F_v / self.K(F_v.shape[1])
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+        return S
 
 
 class UnmaskedSoftmax(Stepwise):
     """Table 4d, row 2: the softmax runs over all pixels. Ours: M still selects, after it."""
 
-    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
-        return (M * torch.softmax(S, dim=-1)) @ F_v / self.K(F_v.shape[1])
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+        return torch.softmax(S, dim=-1)
 
 
 class NoCrossAttention(Stepwise):
@@ -347,8 +339,8 @@ class NoCrossAttention(Stepwise):
 class SumOnce(Stepwise):
     """Ours, beyond the paper: E is the weighted mean, not divided by K once more."""
 
-    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
-        return super().pool(S, M, M_hat, F_v) * self.K(F_v.shape[1])
+    def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
+        return super().pool(M, S_norm, F_v) * M.sum(-1, keepdim=True)
 
 
 class Sharp(Stepwise):
@@ -358,8 +350,8 @@ class Sharp(Stepwise):
         super().__init__(dim, num_heads, ratio, dropout)
         self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))  # VEGA puts Eq. 5's in its place
 
-    def pool(self, S: Tensor, M: Tensor, M_hat: Tensor, F_v: Tensor) -> Tensor:
-        return super().pool(S / self.log_tau.exp(), M, M_hat, F_v)
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
+        return super().normalise(S / self.log_tau.exp(), M_hat)
 
 
 class SumOnceSharp(SumOnce, Sharp):

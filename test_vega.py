@@ -226,7 +226,7 @@ def visual(name, F_v=F_V, Q_l=Q_L):
 def pooled(name, scale=1.0, F_v=F_V):
     """E of a variant for similarities `scale` times as large; the selection stays."""
     block, (_, _, S, M) = guide(name, F_V, Q_L)
-    return block.pool(scale * S, M, M * 1e4 - 1e4, F_v)
+    return block.pool(M, block.normalise(scale * S, M * 1e4 - 1e4), F_v)
 
 
 def same(a, b) -> bool:
@@ -314,7 +314,7 @@ def test_a_threshold_may_select_nothing():
     output = block(F_v, Q_l.requires_grad_(), torch.ones(1, 3))
     assert output.M.sum(-1).tolist() == [[12, 0, 12]]
     M_hat = output.M * 1e4 - 1e4
-    E = block.pool(output.S, output.M, M_hat, F_v)
+    E = block.pool(output.M, block.normalise(output.S, M_hat), F_v)
     weights = [math.exp(s) for s in output.S[0, 0].tolist()]
     by_hand = sum(w / sum(weights) * F_v[0, n] for n, w in enumerate(weights)) / 12
     torch.testing.assert_close(E[0, 0], by_hand)
@@ -2452,10 +2452,9 @@ class Encoders(torch.nn.Module):
 class LiteralVISBlock(Stepwise):
     """Algorithm 1 with the weighted sum as the pseudocode has it, over tensors of [B, T, N, D]."""
 
-    def pool(self, S, M, M_hat, F_v):
-        S_norm = torch.softmax(S + M_hat, dim=-1)
+    def pool(self, M, S_norm, F_v):
         F_v = F_v.unsqueeze(1).repeat(1, M.shape[1], 1, 1)  # [B, T, N, D]
-        return (M.unsqueeze(-1) * S_norm.unsqueeze(-1) * F_v).sum(dim=2) / self.K(M.shape[2])
+        return (M.unsqueeze(-1) * S_norm.unsqueeze(-1) * F_v).sum(dim=2) / M.sum(-1, keepdim=True)
 
 
 def random_inputs(config: VEGAConfig, batch_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
