@@ -29,10 +29,6 @@ BERT_FIELDS = (  # of transformers' BertConfig, whose defaults are BERT-base
 )  # fmt: skip
 
 
-def bert_base() -> dict:
-    return {name: getattr(BertConfig(), name) for name in BERT_FIELDS}
-
-
 @dataclass
 class VEGAConfig:
     """Everything that decides the model's shape and its loss; a checkpoint carries it. Defaults: the paper's model.
@@ -47,7 +43,7 @@ class VEGAConfig:
     window_size: int = 12  # Swin-B as it is pretrained at 384 x 384
     drop_path: float = 0.3  # ours: stochastic depth of the last Swin block
     coordinates: bool = False  # ours: add the pixels' coordinates to the patch embedding
-    bert: dict = field(default_factory=bert_base)  # BERT_FIELDS of transformers' BertConfig, or some of them
+    bert: dict = field(default_factory=lambda: {name: getattr(BertConfig(), name) for name in BERT_FIELDS})
     max_tokens: int = 21  # ours: of an expression, with [CLS] and [SEP]; a longer one is cut
     variant: str = "vega"  # or another name of selection.VARIANTS
     ratio: float = 0.3  # share of the pixels that each token selects (Table 6)
@@ -74,7 +70,6 @@ class VEGAConfig:
         return cls(**{**sizes, **overrides})
 
     def __post_init__(self):
-        self.depths, self.num_heads = tuple(self.depths), tuple(self.num_heads)
         if self.variant not in VARIANTS:
             raise ValueError(f"there is no variant {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
         if set(self.bert) - set(BERT_FIELDS):
@@ -94,13 +89,7 @@ class VEGAConfig:
 
 
 class EarlyFusion(nn.Module):
-    """LAVT's pixel-word attention and its gated residual, after each Swin stage (Sec. 3.1).
-
-    Args:
-        dim: channels C of the stage.
-        language_dim: channels D of the words.
-        gated: whether the fused map also flows on into a next stage.
-    """
+    """LAVT's pixel-word attention and its gated residual, after each Swin stage (Sec. 3.1)."""
 
     def __init__(self, dim: int, language_dim: int, gated: bool = True):
         super().__init__()
@@ -119,18 +108,14 @@ class EarlyFusion(nn.Module):
 
     def forward(self, x: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [B, N, C], Q_l [B, T, D], mask_l [B, T] -> F_i and x + gate(F_i) * F_i (None if ungated), [B, N, C]."""
-        query = self.instance_norm(self.query(x))  # [B, N, C]
+        # F.instance_norm: each channel of each sample to mean 0 and variance 1 over the pixels
+        query = F.instance_norm(self.query(x).mT).mT  # [B, N, C]
         bias = hide_padding(mask_l).to(query.dtype)  # [B, 1, T]
         # one head, scaled by C ** -0.5
         attended = F.scaled_dot_product_attention(query, self.key(Q_l), self.value(Q_l), bias)  # [B, N, C]
-        attended = self.instance_norm(self.project_attended(attended))
+        attended = F.instance_norm(self.project_attended(attended).mT).mT
         fused = F.gelu(self.project_fused(F.gelu(self.project_vision(x)) * attended))
         return fused, None if self.gate is None else x + self.gate(fused) * fused
-
-    @staticmethod
-    def instance_norm(x: Tensor) -> Tensor:
-        """Each channel of each sample to mean 0 and variance 1 over the pixels."""
-        return F.instance_norm(x.mT).mT
 
 
 class PadThenShiftBlock(SwinTransformerBlock):
@@ -330,21 +315,16 @@ def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
             weights = timm.create_model(source, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # of the hub, of safetensors, of pickle: many classes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(
-            f"no Swin weights from {source} ({reason}). Give a file with --swin, or start at random: --no-pretrained"
-        ) from None
+        raise InputError(f"no Swin weights from {source} ({reason}). Give --swin FILE, or --no-pretrained") from None
     ours = swin.state_dict()
     for name, table in weights.items():  # the filter would stretch another model's tables to fit
         if name.endswith("relative_position_bias_table"):
             if name not in ours or table.shape != ((2 * window_size - 1) ** 2, ours[name].shape[1]):
                 raise InputError(f"{source} is of another Swin: its {name} is {list(table.shape)}")
     weights = checkpoint_filter_fn(weights, swin)  # Microsoft's names to timm's; stored masks and indices dropped
-    left_out = sorted({name.split(".")[0] for name in weights} & {"norm", "head"})
-    weights = {name: value for name, value in weights.items() if name.split(".")[0] not in left_out}
-    check_fit(source, ours, weights)
-    swin.load_state_dict(weights)
-    left_out = ", ".join(left_out) or "nothing"
-    return f"Swin: {len(weights)} tensors from {source}; left out, for VEGA has none: {left_out}"
+    weights = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
+    load_weights(swin, weights, source)
+    return f"Swin: {len(weights)} tensors from {source}; left out, for VEGA has none: norm and head"
 
 
 def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
@@ -359,30 +339,28 @@ def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
         )
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(
-            f"no BERT from {source} ({reason}). Give a folder with --bert, or start at random: --no-pretrained"
-        ) from None
+        raise InputError(f"no BERT from {source} ({reason}). Give --bert FOLDER, or --no-pretrained") from None
     words, rows = len(tokenizer), bert.config.vocab_size
     if not 5 < words <= rows:
         raise InputError(f"{source} has a vocabulary of {words}, but BERT knows {rows} words")
-    absent = [*report["missing_keys"], *report["mismatched_keys"]]
-    if absent:
-        raise InputError(
-            f"{source} does not fit BERT: {len(absent)} tensors are missing or differ, the first {absent[0]}"
-        )
+    missing = report["missing_keys"]  # these start at random, but a tensor of another shape is an error above
+    if missing:
+        raise InputError(f"{source} does not fit BERT: {len(missing)} tensors are missing, the first {min(missing)}")
     return bert, tokenizer
 
 
-def check_fit(source: str, ours: dict, theirs: dict) -> None:
-    """Raise InputError unless both state dicts have the same names and shapes, and theirs is finite."""
-    for name in [*ours, *theirs]:
+def load_weights(module: nn.Module, weights: dict, source: str) -> None:
+    """Raises InputError, and loads nothing, unless names and shapes are the module's and all values are finite."""
+    ours = module.state_dict()
+    for name in [*ours, *weights]:
         here, there = (
-            list(state[name].shape) if isinstance(state.get(name), Tensor) else "missing" for state in (ours, theirs)
+            list(state[name].shape) if isinstance(state.get(name), Tensor) else "missing" for state in (ours, weights)
         )
         if here != there:
             raise InputError(f"{source} does not fit the model: {name} is {there} there and {here} here")
-        if not theirs[name].isfinite().all():
+        if not weights[name].isfinite().all():
             raise InputError(f"{source} is broken: {name} has values that are not finite")
+    module.load_state_dict(weights)
 
 
 # Checkpoints
@@ -410,18 +388,15 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
         part.unlink(missing_ok=True)
-        kept = f"{path} from before is whole" if path.exists() else "there was none before"
         reason = str(error).splitlines()[0]
-        raise InputError(f"can't write {path} ({reason}); {kept}. Make room, then --resume") from None
+        raise InputError(f"can't write {path} ({reason}); any from before is whole. Make room, then --resume") from None
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint's plain dict, on the CPU. Raises InputError if the file is not one, without running any of it."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; the checkpoint is a file in it, such as {path / 'best.pt'}")
     if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}. Train one first: python train.py")
+        raise InputError(f"there is no checkpoint {path}. Give a file such as runs/NAME/best.pt, which train.py writes")
     try:
         with open(path, "rb") as file:  # so that a disk that can't be read is an OSError
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -430,12 +405,9 @@ def read_checkpoint(path: str | Path) -> dict:
             raise  # nothing is wrong with the file
         reason = "it is another kind of file, was cut short, or holds more than plain data"
         raise InputError(f"{path} can't be read as a checkpoint: {reason}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise InputError(f"{path} is not a checkpoint of this program, or of another version of it")
-    parts = "config model tokenizer step best precision dataset args optimizer sums logged_step"
-    absent = set(parts.split()) - checkpoint.keys()
-    if absent:
-        raise InputError(f"{path} lacks {', '.join(sorted(absent))}: it is not a whole checkpoint")
+    parts = set("config model tokenizer step best precision dataset args optimizer sums logged_step".split())
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or parts - checkpoint.keys():
+        raise InputError(f"{path} is not a whole checkpoint of this program, or of another version of it")
     return checkpoint
 
 
@@ -443,8 +415,7 @@ def restore(checkpoint: dict, device: torch.device, **overrides) -> tuple[VEGA, 
     """The model, ready to evaluate, and its tokenizer. overrides: fields of VEGAConfig, such as image_size."""
     try:
         model = VEGA(VEGAConfig(**{**checkpoint["config"], **overrides}))
-        check_fit("the checkpoint", model.state_dict(), checkpoint["model"])
-        model.load_state_dict(checkpoint["model"])
+        load_weights(model, checkpoint["model"], "the checkpoint")
         return model.to(device).eval(), BertTokenizer(**checkpoint["tokenizer"])
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(str(error).splitlines()[0]) from None

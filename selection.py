@@ -33,12 +33,7 @@ def hide_padding(mask_l: Tensor) -> Tensor:
 
 
 class AttentionLayer(nn.Module):
-    """The paper's attention layer. Ours: multi-head attention, a residual, LayerNorm, as in BERT.
-
-    Args:
-        dim: channels of the queries and of the output.
-        kv_dim: channels of the keys and values; `dim` if not given.
-    """
+    """The paper's attention layer. Ours: multi-head attention, a residual, LayerNorm, as in BERT."""
 
     def __init__(self, dim: int, num_heads: int = 8, kv_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
@@ -52,7 +47,7 @@ class AttentionLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, q: Tensor, kv: Tensor, bias: Tensor | None = None) -> Tensor:
-        """q [B, Q, dim], kv [B, R, kv_dim] -> [B, Q, dim]. bias [B, 1 or Q, R], such as M_hat, is added to the scores."""
+        """q [B, Q, dim], kv [B, R, kv_dim] -> [B, Q, dim]. bias [B, 1 or Q, R], like M_hat, is added to the scores."""
         query, key, value = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, Q or R, dim / heads]
             for linear, x in ((self.query, q), (self.key, kv), (self.value, kv))
@@ -66,9 +61,10 @@ class AttentionLayer(nn.Module):
 
 
 class SelfAttention(AttentionLayer):
-    """The self-attention of Algorithm 1, whose mask_l [B, R] is 1 for real tokens and 0 for padding."""
+    """The self-attention of Algorithm 1, which takes mask_l."""
 
     def forward(self, q: Tensor, kv: Tensor, mask_l: Tensor | None = None) -> Tensor:
+        """q [B, Q, dim], kv [B, R, dim], mask_l [B, R] 1 for real tokens, 0 for padding -> [B, Q, dim]."""
         return super().forward(q, kv, None if mask_l is None else hide_padding(mask_l))
 
 
@@ -81,19 +77,14 @@ class VISBlock(nn.Module):
       cross-attention and its residual. Divided by K it adds almost nothing there.
     * The cosine similarities in S lie in [-1, 1], and the softmax has no temperature. No selected pixel can weigh more
       than e^2 = 7.4 times another. The tau of Eq. 5 could not change which pixels are selected.
-
-    Args:
-        dim: channels D of both features.
-        num_heads, dropout: ours, of both attention layers.
-        ratio: the share of the pixels that each token selects, in (0, 1]; 0.3 in the paper (Table 6).
     """
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
-        self.ratio = ratio
+        self.ratio = ratio  # the share of the pixels that each token selects, in (0, 1]; 0.3 in the paper (Table 6)
         self.proj_v = nn.Linear(dim, dim)  # phi_v of Eq. 1
         self.proj_l = nn.Linear(dim, dim)  # phi_l
-        self.cross_attention = AttentionLayer(dim, num_heads, dropout=dropout)
+        self.cross_attention = AttentionLayer(dim, num_heads, dropout=dropout)  # ours: the heads and the dropout
         self.self_attention = SelfAttention(dim, num_heads, dropout=dropout)
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
@@ -165,7 +156,10 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
 
 
 class Stepwise(nn.Module):
-    """Algorithm 1 in steps, each of which an ablation can replace. They return what VISBlock returns, bit for bit."""
+    """Algorithm 1 in steps: layers and methods. An ablation replaces one of them, a layer by a method of its name.
+
+    As they are, they return what VISBlock returns, bit for bit.
+    """
 
     layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # those that the ablation has a use for
     selecting = slice(None)  # the tokens that select: all
@@ -187,7 +181,8 @@ class Stepwise(nn.Module):
             M_hat = M * 1e4 - 1e4
             S_norm = self.normalise(S, M_hat)
             E = self.pool(M, S_norm, F_v)
-        Q_v = self.attend(E, F_v, M_hat, mask)
+        Q_v = self.cross_attention(E, F_v, M_hat)
+        Q_v = self.self_attention(Q_v, Q_v, mask)
         return Selection(torch.cat([Q_l, Q_v], dim=1), torch.cat([mask_l, mask], dim=1), S, M)
 
     def compare(self, F_v: Tensor, Q_l: Tensor) -> Tensor:  # -> S
@@ -204,10 +199,6 @@ class Stepwise(nn.Module):
 
     def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:  # -> E
         return (M * S_norm) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)  # M.sum is K
-
-    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:  # -> Q_v
-        Q_v = self.cross_attention(E, F_v, M_hat)
-        return self.self_attention(Q_v, Q_v, mask_l)
 
 
 class LinguisticGuidance(Stepwise):
@@ -288,8 +279,8 @@ class GlobalOnly(Stepwise):
     layers = ("proj_v", "proj_l", "cross_attention")
     selecting = slice(0, 1)
 
-    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
-        return self.cross_attention(E, F_v, M_hat)
+    def self_attention(self, q: Tensor, kv: Tensor, mask_l: Tensor) -> Tensor:
+        return q
 
 
 class SigmoidThreshold(Stepwise):
@@ -332,8 +323,8 @@ class NoCrossAttention(Stepwise):
 
     layers = ("proj_v", "proj_l", "self_attention")
 
-    def attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor, mask_l: Tensor) -> Tensor:
-        return self.self_attention(E, E, mask_l)
+    def cross_attention(self, E: Tensor, F_v: Tensor, M_hat: Tensor) -> Tensor:
+        return E
 
 
 class SumOnce(Stepwise):
