@@ -241,7 +241,8 @@ class TopKPixels(Stepwise):
 class NoCues(Stepwise):
     """Table 3b, row 1: neither [CLS] nor the words select; learned queries gather from all pixels.
 
-    Ours: the learned queries, as many as the longest expression has tokens, 21.
+    Ours: the learned queries, as many as the longest expression has tokens, 21. The paper says only that both cues are
+    gone, and its figure is not the one of G without visual tokens (Table 2, row 2).
     """
 
     layers = ("cross_attention", "self_attention")
