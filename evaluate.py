@@ -51,13 +51,13 @@ def pick_device(device: str | None) -> torch.device:
     """
     try:
         picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if picked.type not in ("cpu", "cuda"):
-            raise RuntimeError("it must be cpu or cuda")
         if picked.type == "cuda":
             picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", picked.index or 0)))
             if picked.index >= torch.cuda.device_count() > 0:
                 raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs; each takes one process at most")
             torch.cuda.set_device(picked)
+        elif picked.type != "cpu":
+            raise RuntimeError("it must be cpu or cuda")
         torch.zeros(1, device=picked)
         return picked
     except (RuntimeError, AssertionError) as error:
@@ -141,46 +141,26 @@ class Metrics:
     """P@0.5 to P@0.9, mIoU and oIoU (Sec. 4.1) from integer counts, so that their order and split don't matter."""
 
     def __init__(self):
-        self.counts = []  # of each sample: (its number, pixels of the intersection, pixels of the union)
-        self.measures = []  # of each sample: its number, and what `word_measures` says of it
+        self.samples = []  # dicts: "index", "intersection" and "union" in pixels, "iou", and "measures" of its words
 
-    def update(self, prediction: torch.Tensor, target: torch.Tensor, index=None, measures=None) -> None:
-        """Count a batch: bool [B, H, W] both, or one sample [H, W]; index: the samples' numbers; measures: of each."""
-        if prediction.shape != target.shape:
-            raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-        if prediction.dim() == 2:
-            prediction, target = prediction[None], target[None]
-        prediction, target = prediction.bool(), target.bool()
-        index = range(len(self.counts), len(self.counts) + len(prediction)) if index is None else index
-        intersection = (prediction & target).sum((1, 2)).tolist()
-        union = (prediction | target).sum((1, 2)).tolist()
-        self.counts += zip(map(int, index), intersection, union)
-        self.measures += zip(map(int, index), measures or ())
-
-    def all_gather(self) -> None:
-        """Put the counts of all processes together, in every process."""
-        if dist.is_initialized():
-            parts = [None] * world()
-            dist.all_gather_object(parts, (self.counts, self.measures))
-            counts, measures = zip(*parts)
-            self.counts = sorted(itertools.chain(*counts))
-            self.measures = sorted(itertools.chain(*measures), key=lambda measure: measure[0])
-
-    def ious(self) -> list[float]:
-        """IoU of each sample; 0 where the union is empty, as in the peers' test scripts."""
-        return [intersection / union if union else 0.0 for _, intersection, union in self.counts]
+    def update(self, prediction: torch.Tensor, target: torch.Tensor, index: int = 0, measures: dict | None = None):
+        """Count sample number `index`: bool [H, W] both. measures: see `word_measures`."""
+        intersection = (prediction & target).sum().item()
+        union = (prediction | target).sum().item()
+        self.samples.append({
+            "index": index, "intersection": intersection, "union": union, "measures": measures or {},
+            "iou": intersection / union if union else 0.0,  # of an empty union 0, as in the peers' test scripts
+        })  # fmt: skip
 
     def compute(self) -> dict:
         """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, the means of `word_measures`, and "samples"."""
-        if not self.counts:
-            raise ValueError("no sample has been counted")
-        ious = self.ious()
+        ious = [sample["iou"] for sample in self.samples]
         scores = {f"P@{t}": 100 * sum(iou >= t for iou in ious) / len(ious) for t in THRESHOLDS}
-        union = sum(union for _, _, union in self.counts)
+        intersection, union = (sum(sample[name] for sample in self.samples) for name in ("intersection", "union"))
         scores["mIoU"] = 100 * math.fsum(ious) / len(ious)
-        scores["oIoU"] = 100 * sum(intersection for _, intersection, _ in self.counts) / union if union else 0.0
-        for name in self.measures[0][1] if self.measures else ():
-            scores[name] = math.fsum(measure[name] for _, measure in self.measures) / len(self.measures)
+        scores["oIoU"] = 100 * intersection / union if union else 0.0
+        for name in self.samples[0]["measures"]:
+            scores[name] = math.fsum(sample["measures"][name] for sample in self.samples) / len(ious)
         return {**scores, "samples": len(ious)}
 
 
@@ -198,25 +178,16 @@ def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
     M = output["selection"].M
     if M is not None and M.shape[1] == real.shape[1]:
         shared = 100 * (M * M[:, :1]).sum(-1) / M.sum(-1).clamp(min=1)  # [B, T]
-        words = real.scatter(1, count.long()[:, None] - 1, 0.0)
-        words[:, 0] = 0
+        words = torch.zeros_like(real)  # [B, T] 1 for each token that is neither the first nor the last
+        words[:, 1:-1] = real[:, 2:]
         measures["pixels shared with CLS"] = (shared * words).sum(1) / words.sum(1).clamp(min=1)
     return [dict(zip(measures, row)) for row in zip(*(values.tolist() for values in measures.values()))]
-
-
-def table(name: str, scores: dict[str, dict]) -> str:
-    """split -> scores as the rows of the paper's Table 5."""
-    columns = [f"P@{t}" for t in THRESHOLDS] + ["mIoU", "oIoU"]
-    lines = [f"{'Dataset':<16}{'split':<8}" + "".join(f"{column:>8}" for column in columns)]
-    for split, row in scores.items():
-        lines.append(f"{name:<16}{split:<8}" + "".join(f"{row[column]:>8.2f}" for column in columns))
-    return "\n".join(lines)
 
 
 def fixed_batches(dataset: RefDataset, size: int) -> list[list[int]]:
     """The numbers of all sentences in lists of at most `size`; those of one image stay together where they fit."""
     batches = []
-    for _, group in itertools.groupby(range(len(dataset.sentences)), lambda index: dataset.object(index).image_id):
+    for _, group in itertools.groupby(range(len(dataset)), lambda index: dataset.object(index).image_id):
         group = list(group)
         if batches and len(batches[-1]) + len(group) <= size:
             batches[-1] += group
@@ -231,15 +202,16 @@ def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     The images are put in random order, their sentences side by side, and every sentence moves on by as many
     places as the longest image has, which leads out of its own image.
     """
-    images = [dataset.object(index).image_id for index in range(len(dataset.sentences))]
-    rng = np.random.default_rng(seed)
+    images = [dataset.object(index).image_id for index in range(len(dataset))]
     names, group, sizes = np.unique(images, return_inverse=True, return_counts=True)
     if 2 * sizes.max() > len(images):
         raise InputError("shuffled expressions need at least two images, none with more than half of the sentences")
+    rng = np.random.default_rng(seed)
     order = np.lexsort((rng.random(len(images)), rng.permutation(len(names))[group]))
     source = np.empty_like(order)
     source[order] = np.roll(order, sizes.max())
-    dataset.sentences = [(number, dataset.sentences[s][1]) for (number, _), s in zip(dataset.sentences, source)]
+    expressions = dataset.expressions
+    dataset.sentences = [(number, expressions[s]) for (number, _), s in zip(dataset.sentences, source)]
     dataset.tokens = {name: values[source] for name, values in dataset.tokens.items()}
 
 
@@ -259,23 +231,22 @@ def evaluate(
     model.eval()
     metrics = Metrics()
     batches = fixed_batches(dataset, BATCH_SIZE)[rank() :: world()]
-    bar = tqdm(
-        load_batches(dataset, batches, workers, device), f"{dataset.name} {dataset.split}", len(batches), leave=False,
-        unit="batch", disable=True if rank() else None,  # None: quiet when not a terminal
-    )  # fmt: skip
-    for batch in bar:
+    loader, name = load_batches(dataset, batches, workers, device), f"{dataset.name} {dataset.split}"
+    quiet = True if rank() else None  # None: when not a terminal
+    for batch in tqdm(loader, name, len(batches), leave=False, unit="batch", disable=quiet):
         inputs = model_inputs(batch, device)
         with autocast(device, precision):
             output = model(*inputs)
-        measures = word_measures(output, inputs[2])
-        if resolution == "input":
-            metrics.update(output["logits"] > 0, batch["mask"].to(device), batch["index"], measures)
-            continue
-        for logits, index, measure in zip(output["logits"], batch["index"].tolist(), measures):
-            mask = torch.from_numpy(dataset.mask(index)).to(device)
-            logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
-            metrics.update(logits > 0, mask, [index], [measure])
-    metrics.all_gather()
+        masks, measures = batch["mask"].to(device), word_measures(output, inputs[2])
+        for index, logits, mask, measure in zip(batch["index"].tolist(), output["logits"], masks, measures):
+            if resolution == "original":
+                mask = torch.from_numpy(dataset.mask(index)).to(device)
+                logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
+            metrics.update(logits > 0, mask, index, measure)
+    if dist.is_initialized():
+        parts = [None] * world()
+        dist.all_gather_object(parts, metrics.samples)
+        metrics.samples = sorted(itertools.chain(*parts), key=lambda sample: sample["index"])
     return metrics
 
 
@@ -285,58 +256,52 @@ def evaluate(
 @torch.no_grad()
 def pictures(
     model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, metrics: Metrics, device: torch.device, folder: Path,
-    name: str, samples: int = 8,
+    name: str, count: int,
 ) -> None:  # fmt: skip
-    """Write three sheets; no sample is chosen by hand.
+    """Write three sheets; no sample is chosen by hand. metrics: of the whole split.
 
-    pictures-NAME.png     samples at even distances: image, ground truth, prediction, how similar each pixel is to [CLS]
-                          (bright: most), the pixels that [CLS] selected
+    pictures-NAME.png     `count` samples at even distances: image, ground truth, prediction, how similar each pixel is
+                          to [CLS] (bright: most), the pixels that [CLS] selected
     words-NAME.png        the pixels that each token selected (the paper's Figure 3), in the sample whose words' pixels
-                          are least [CLS]'s, by `metrics` of the whole split
+                          are least [CLS]'s
     expressions-NAME.png  the image in the middle under each of its expressions (Figures 7 and 9)
     """
-    model.eval()
 
-    def look(index: int) -> tuple[str, list, list]:
-        """A sample's title, its tiles, and a tile for each word."""
+    def look(index: int) -> tuple[str, list]:
+        """A sample's title and tiles: five as in the first sheet, then one for each token after [CLS]."""
         item, image = dataset[index], dataset.image(index)
         output = model(*model_inputs(torch.utils.data.default_collate([item]), device))
-        prediction = (output["logits"][0] > 0).cpu()
-        metrics = Metrics()
-        metrics.update(prediction, item["mask"])
-
         tiles = [
             ("image", image),
             ("ground truth", overlay(image, item["mask"], GREEN)),
-            ("prediction", overlay(image, prediction, RED)),
+            ("prediction", overlay(image, (output["logits"][0] > 0).cpu(), RED)),
         ]
-        words = []
         if output["selection"].M is not None:  # of a variant that selects
-            M = output["selection"].M[0].bool().cpu().unflatten(1, output["similarity"].shape[1:])
-            names = tokenizer.convert_ids_to_tokens(item["input_ids"][item["attention_mask"] == 1])
-            words = [(f"selected by {word}", overlay(image, m, WHITE)) for word, m in zip(names, M)]
             heat = output["similarity"][0].cpu()
+            M = output["selection"].M[0].bool().cpu().unflatten(1, heat.shape)
             heat = 255 * (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
             heat = Image.fromarray(heat.byte().numpy()).resize(image.size, Image.Resampling.BILINEAR)
             tiles.append(("similarity to [CLS]", heat))
-        return f"{dataset.sentences[index][1]}   (IoU {100 * metrics.ious()[0]:.0f})", tiles, words
+            tokens = tokenizer.convert_ids_to_tokens(item["input_ids"][item["attention_mask"] == 1])
+            tiles += [(f"selected by {token}", overlay(image, m, WHITE)) for token, m in zip(tokens, M)]
+        return f"{dataset.expressions[index]}   (IoU {100 * metrics.samples[index]['iou']:.0f})", tiles
 
-    rows = []
-    for index in np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist():
-        title, tiles, words = look(index)
-        rows.append((title, tiles + words[:1]))
-    sheet(folder / f"pictures-{name}.png", rows)
+    def write(view: str, indices: list[int]) -> None:
+        """The first five tiles of each."""
+        rows = [(title, tiles[:5]) for title, tiles in map(look, indices)]
+        sheet(folder / f"{view}-{name}.png", rows)
 
-    middle, shared = len(dataset) // 2, "pixels shared with CLS"
-    least, measures = min(metrics.measures, key=lambda measure: measure[1].get(shared, 0))
-    title, tiles, words = look(least)
-    title += f"   {measures[shared]:.0f} % of a word's pixels are [CLS]'s too" if shared in measures else ""
-    tiles += words
+    write("pictures", np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist())
+
+    middle = dataset.object(len(dataset) // 2).image_id
+    write("expressions", [i for i in range(len(dataset)) if dataset.object(i).image_id == middle])
+
+    shared = "pixels shared with CLS"
+    least = min(metrics.samples, key=lambda sample: sample["measures"].get(shared, 0))
+    title, tiles = look(least["index"])
+    if shared in least["measures"]:
+        title += f"   {least['measures'][shared]:.0f} % of a word's pixels are [CLS]'s too"
     sheet(folder / f"words-{name}.png", [(title * (i == 0), tiles[i : i + 5]) for i in range(0, len(tiles), 5)])
-
-    same_image = [i for i in range(len(dataset)) if dataset.object(i).image_id == dataset.object(middle).image_id]
-    rows = [(title, tiles + words[:1]) for title, tiles, words in map(look, same_image)]
-    sheet(folder / f"expressions-{name}.png", rows)
 
 
 # The command
@@ -380,14 +345,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # fmt: on
     common_flags(parser, "the one that the checkpoint was trained on")
     args = parser.parse_args(argv)
-    if (args.image is None) != (args.expression is None):
+    if bool(args.image) != bool(args.expression):
         parser.error("--image and --expression go together")
     if args.expression and not all(expression.strip() for expression in args.expression):
         parser.error("an expression is empty: say what to segment, such as 'the man on the left'")
     others = "split dataset images pictures json per_sample shuffle_expressions".split()
-    for name in others if args.image is not None else ():
-        if getattr(args, name):
-            parser.error(f"--{name.replace('_', '-')} does nothing with --image: leave one of them out")
+    others = [name for name in others if args.image and getattr(args, name)]
+    if others:
+        parser.error(f"--{others[0].replace('_', '-')} does nothing with --image: leave one of them out")
     check_numbers(parser, args, at_least_0=("pictures",))
     for file in filter(None, (args.json, args.per_sample)):  # before the work, not after it
         if not Path(file).parent.is_dir():
@@ -399,34 +364,36 @@ def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
     """Write each expression's mask and overlay, and a sheet of several, to photographs/ beside the checkpoint."""
     folder, files, broken = checkpoint.parent / "photographs", [], []
     for given in args.image:
-        if given and Path(given).is_dir():
+        found = []
+        if os.path.isdir(given):
             known = Image.registered_extensions()
-            found = sorted(
-                path for path in Path(given).iterdir() if path.suffix.lower() in known and path.name[0] != "."
-            )
+            found = sorted(path for path in Path(given).glob("[!.]*") if path.suffix.lower() in known)
             print(f"{given}: {len(found)} photographs")
-            files += found or [Path(given)]
-        else:
-            files.append(Path(given))
-    names = [file.name for file in files]
-    if len(set(names)) < len(names) or folder.resolve() in [file.parent.resolve() for file in files]:
+        files += found or [Path(given)]
+    names = {file.name for file in files}
+    if len(names) < len(files) or folder.resolve() in [file.parent.resolve() for file in files]:
         raise InputError(f"no two photographs may have one name, and none may lie in {folder}, where the masks go")
+
     segment = Segmenter(checkpoint, args.device, args.precision or "fp32")
     for expression in args.expression:
         if segment.tokenizer.unk_token in segment.tokenizer.tokenize(expression.encode(errors="replace").decode()):
             print(f"note: the model has never seen some word of {expression!r}")
-    for file in tqdm(files, unit="photograph", disable=None if len(files) > 1 else True):
+
+    slugs = [re.sub(r"\W+", "-", expression.lower()).strip("-")[:40] for expression in args.expression]
+    if len(slugs) > 1:  # two may be the same
+        slugs = [f"{number}-{slug}" for number, slug in enumerate(slugs, 1)]
+    for file in tqdm(files, unit="photograph", disable=None):
         try:
             image = open_image(file)
             masks = segment.logits(image, args.expression) > 0
             folder.mkdir(exist_ok=True)
             tiles = [("", image)]
-            for number, (expression, mask) in enumerate(zip(args.expression, masks), 1):
-                slug = re.sub(r"\W+", "-", expression.lower()).strip("-")[:40]
-                path = folder / f"{file.name}-{f'{number}-' * (len(masks) > 1)}{slug}.png"
-                tiles.append((expression, overlay(image, mask, RED)))
-                tiles[-1][1].save(path)
+            for expression, slug, mask in zip(args.expression, slugs, masks):
+                path = folder / f"{file.name}-{slug}.png"
+                shown = overlay(image, mask, RED)
+                shown.save(path)
                 Image.fromarray(mask).convert("L").save(path.with_suffix(".mask.png"))
+                tiles.append((expression, shown))
                 found = f"covers {100 * mask.mean():.1f} % of" if mask.any() else "names nothing that was found in"
                 tqdm.write(f"{expression!r} {found} {file}; the overlay is {path}")
             if len(masks) > 1:
@@ -441,7 +408,7 @@ def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> dict | None:
     args = parse(argv)
     checkpoint_file = Path(args.checkpoint) if args.checkpoint else newest_run("best.pt")
-    if args.image is not None:
+    if args.image:
         return segment_photographs(checkpoint_file, args)
     device = start_processes(args.device)
     checkpoint = read_checkpoint(checkpoint_file)
@@ -457,17 +424,18 @@ def main(argv: list[str] | None = None) -> dict | None:
             shuffle_expressions(dataset)
         metrics = evaluate(model, dataset, device, precision, settings.get("workers", 0), args.resolution)
         scores[split] = metrics.compute()
-        for (index, _, _), iou in zip(metrics.counts, metrics.ious()):
-            lines.append(json.dumps({"split": split, **dataset.ids(index), "iou": iou}))
+        for sample in metrics.samples:
+            lines.append(json.dumps({"split": split, **dataset.ids(sample["index"]), "iou": sample["iou"]}))
         if args.pictures and rank() == 0:
             label = split + "-shuffled" * args.shuffle_expressions
             pictures(model, tokenizer, dataset, metrics, device, checkpoint_file.parent, label, args.pictures)
     if rank() == 0:
-        print(
-            f"{checkpoint_file}, step {checkpoint['step']}"
-            + (", expressions shuffled" if args.shuffle_expressions else "")
-        )
-        print(table(name, scores))
+        note = ", expressions shuffled" if args.shuffle_expressions else ""
+        print(f"{checkpoint_file}, step {checkpoint['step']}{note}")
+        columns = [f"P@{t}" for t in THRESHOLDS] + ["mIoU", "oIoU"]
+        print(f"{'Dataset':<16}{'split':<8}" + "".join(f"{column:>8}" for column in columns))
+        for split, row in scores.items():
+            print(f"{name:<16}{split:<8}" + "".join(f"{row[column]:>8.2f}" for column in columns))
         if args.pictures:
             print(f"pictures: {checkpoint_file.parent / '{pictures,words,expressions}-*.png'}")
         if args.json:
