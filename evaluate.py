@@ -122,10 +122,9 @@ class Segmenter:
         image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
         if not all(expression.strip() for expression in expressions):
             raise InputError("the expression is empty: say what to segment, such as 'the man on the left'")
-        config = self.model.config
         expressions = [expression.encode(errors="replace").decode() for expression in expressions]
-        batch = tokenize(self.tokenizer, expressions, config.max_tokens)
-        batch["image"] = to_input(image, config.image_size).expand(len(expressions), -1, -1, -1)
+        batch = tokenize(self.tokenizer, expressions, self.model.config.max_tokens)
+        batch["image"] = to_input(image, self.model.config.image_size).expand(len(expressions), -1, -1, -1)
         with autocast(self.device, self.precision):
             logits = self.model(*model_inputs(batch, self.device))["logits"]
         return F.interpolate(logits[:, None], (image.height, image.width), mode="bilinear")[:, 0].cpu().numpy()
@@ -147,10 +146,9 @@ class Metrics:
         """Count sample number `index`: bool [H, W] both. measures: see `word_measures`."""
         intersection = (prediction & target).sum().item()
         union = (prediction | target).sum().item()
-        self.samples.append({
-            "index": index, "intersection": intersection, "union": union, "measures": measures or {},
-            "iou": intersection / union if union else 0.0,  # of an empty union 0, as in the peers' test scripts
-        })  # fmt: skip
+        iou = intersection / union if union else 0.0  # as in the peers' test scripts
+        sample = {"index": index, "intersection": intersection, "union": union, "iou": iou, "measures": measures or {}}
+        self.samples.append(sample)
 
     def compute(self) -> dict:
         """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, the means of `word_measures`, and "samples"."""
@@ -210,8 +208,7 @@ def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     order = np.lexsort((rng.random(len(images)), rng.permutation(len(names))[group]))
     source = np.empty_like(order)
     source[order] = np.roll(order, sizes.max())
-    expressions = dataset.expressions
-    dataset.sentences = [(number, expressions[s]) for (number, _), s in zip(dataset.sentences, source)]
+    dataset.sentences = [(number, dataset.sentences[s][1]) for (number, _), s in zip(dataset.sentences, source)]
     dataset.tokens = {name: values[source] for name, values in dataset.tokens.items()}
 
 
@@ -220,17 +217,14 @@ def evaluate(
     model: VEGA, dataset: RefDataset, device: torch.device, precision: str = "fp32", workers: int = 0,
     resolution: str = "input",
 ) -> Metrics:  # fmt: skip
-    """Count every sentence of every object once, whatever the number of processes.
+    """Count every sentence of every object once, in the same batches for any number of processes.
 
-    The batches are fixed and dealt whole to the ranks: a sample sees the same batch in any number of processes.
-
-    Args:
-        resolution: "input" compares at the model's input size with the mask resized to it by nearest (the
-            paper's peers' protocol); "original" at the image's own size, the logits resized to it.
+    resolution: "input" compares at the model's input size with the mask resized to it by nearest (the paper's peers'
+    protocol); "original" at the image's own size, the logits resized to it.
     """
     model.eval()
     metrics = Metrics()
-    batches = fixed_batches(dataset, BATCH_SIZE)[rank() :: world()]
+    batches = fixed_batches(dataset, BATCH_SIZE)[rank() :: world()]  # dealt whole
     loader, name = load_batches(dataset, batches, workers, device), f"{dataset.name} {dataset.split}"
     quiet = True if rank() else None  # None: when not a terminal
     for batch in tqdm(loader, name, len(batches), leave=False, unit="batch", disable=quiet):
@@ -271,11 +265,9 @@ def pictures(
         """A sample's title and tiles: five as in the first sheet, then one for each token after [CLS]."""
         item, image = dataset[index], dataset.image(index)
         output = model(*model_inputs(torch.utils.data.default_collate([item]), device))
-        tiles = [
-            ("image", image),
-            ("ground truth", overlay(image, item["mask"], GREEN)),
-            ("prediction", overlay(image, (output["logits"][0] > 0).cpu(), RED)),
-        ]
+        truth = overlay(image, item["mask"], GREEN)
+        prediction = overlay(image, (output["logits"][0] > 0).cpu(), RED)
+        tiles = [("image", image), ("ground truth", truth), ("prediction", prediction)]
         if output["selection"].M is not None:  # of a variant that selects
             heat = output["similarity"][0].cpu()
             M = output["selection"].M[0].bool().cpu().unflatten(1, heat.shape)
@@ -287,9 +279,8 @@ def pictures(
         return f"{dataset.expressions[index]}   (IoU {100 * metrics.samples[index]['iou']:.0f})", tiles
 
     def write(view: str, indices: list[int]) -> None:
-        """The first five tiles of each."""
-        rows = [(title, tiles[:5]) for title, tiles in map(look, indices)]
-        sheet(folder / f"{view}-{name}.png", rows)
+        """A sheet with the first five tiles of each sample."""
+        sheet(folder / f"{view}-{name}.png", [(title, tiles[:5]) for title, tiles in map(look, indices)])
 
     write("pictures", np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist())
 
