@@ -143,7 +143,9 @@ class Metrics:
         self.samples = []  # dicts: "index", "intersection" and "union" in pixels, "iou", and "measures" of its words
 
     def update(self, prediction: torch.Tensor, target: torch.Tensor, index: int = 0, measures: dict | None = None):
-        """Count sample number `index`: bool [H, W] both. measures: see `word_measures`."""
+        """Count sample number `index`: bool [H, W] both, else a ValueError. measures: see `word_measures`."""
+        if prediction.shape != target.shape or prediction.dim() != 2:
+            raise ValueError(f"{tuple(prediction.shape)} and {tuple(target.shape)} are not the masks of one sample")
         intersection = (prediction & target).sum().item()
         union = (prediction | target).sum().item()
         iou = intersection / union if union else 0.0  # as in the peers' test scripts

@@ -39,7 +39,7 @@ from selection import VARIANTS
 # BERT learns at bert_lr * lr. The learning rate rises over the first `warmup` of the steps.
 RECIPES = {
     "tiny": dict(
-        epochs=4.6, batch_size=16, lr=1.4e-3, bert_lr=0.05, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10,
+        epochs=5, batch_size=8, lr=1e-3, bert_lr=0.05, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10,
         workers=0,
     ),
     "base": dict(
@@ -195,10 +195,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # fmt: off
     flag = parser.add_argument_group("training").add_argument
     flag("--variant", metavar="NAME", choices=VARIANTS, help="an ablation, listed below (default: vega)")
-    flag("--epochs", type=float, help="default: 40 for base, 4.6 for tiny")
+    flag("--epochs", type=float, help="default: 40 for base, 5 for tiny")
     flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays to zero over them")
-    flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1.4e-3 for tiny)")
-    flag("--batch-size", type=int, help="images per step, over all processes (default: 16)")
+    flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1e-3 for tiny)")
+    flag("--batch-size", type=int, help="images per step, over all processes (default: 16 for base, 8 for tiny)")
     flag("--micro-batch", type=int, metavar="N", help="each process takes its share of the batch N images at a time")
     flag("--seed", type=int, help="of the starting weights, the samples' order and choice, and dropout (default: 0)")
     flag("--gradient-checkpointing", action="store_true", help="compute Swin's blocks again in backward: less memory")
