@@ -95,6 +95,14 @@ def in_any_process(flag: bool) -> bool:
     return bool(votes)
 
 
+def from_all_processes(value) -> list:
+    """Each process's value, by rank."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def model_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The arguments of VEGA's forward from a batch of RefDataset, on the device."""
     names = ("image", "input_ids", "attention_mask")
@@ -239,10 +247,8 @@ def evaluate(
                 mask = torch.from_numpy(dataset.mask(index)).to(device)
                 logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
             metrics.update(logits > 0, mask, index, measure)
-    if dist.is_initialized():
-        parts = [None] * world()
-        dist.all_gather_object(parts, metrics.samples)
-        metrics.samples = sorted(itertools.chain(*parts), key=lambda sample: sample["index"])
+    samples = itertools.chain(*from_all_processes(metrics.samples))
+    metrics.samples = sorted(samples, key=lambda sample: sample["index"])
     return metrics
 
 

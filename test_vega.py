@@ -797,12 +797,12 @@ def test_training_sentences_depend_on_seed_epoch_and_object_alone(small):
     drawn = [[dataset[(epoch, i)]["index"] for i in range(len(dataset))] for epoch in (0, 1, 0)]
     assert drawn[0] == drawn[2] != drawn[1]
     assert all(index // 2 == i for i, index in enumerate(drawn[0]))  # two sentences an object
-    sampler = lambda rank, world: list(train.TrainingBatches(len(dataset), 8, 0, 9, 3, rank, world))
+    sampler = lambda rank, world: list(train.training_batches(len(dataset), 8, 0, 9, 3, rank, world))
     whole = sampler(0, 1)
     assert whole == [a + b for a, b in zip(sampler(0, 2), sampler(1, 2))]
     epoch = [number for batch in whole[: len(dataset) // 8] for _, number in batch]
     assert len(set(epoch)) == len(epoch) and {e for e, _ in whole[0]} == {0} and {e for e, _ in whole[8]} == {1}
-    assert list(train.TrainingBatches(len(dataset), 8, 5, 9, 3)) == whole[5:]
+    assert list(train.training_batches(len(dataset), 8, 5, 9, 3)) == whole[5:]
 
 
 def test_shuffled_expressions_come_from_another_image(small):
@@ -1522,7 +1522,7 @@ before, started = proportional("self"), time.perf_counter()
 tokenizer = data.make_tokenizer(["the thing number on the left"])
 train, val = (data.RefDataset("refcoco", split, sys.argv[1], tokenizer=tokenizer, training=split == "train") for split in ("train", "val"))
 seconds = time.perf_counter() - started
-loader = lambda workers, steps: data.load_batches(train, training.TrainingBatches(len(train), 16, 0, steps, 0), workers, torch.device("cpu"))
+loader = lambda workers, steps: data.load_batches(train, training.training_batches(len(train), 16, 0, steps, 0), workers, torch.device("cpu"))
 batches = loader(4, 200)
 for _ in range(60):
     next(batches)
@@ -1927,7 +1927,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small, tmp_path):
 
 def samples_of_step(small, batch_size, step, split=slice(None)) -> list:
     dataset = data.RefDataset("shapes", "train", small)
-    order = list(train.TrainingBatches(len(dataset.objects), batch_size, 0, step, 0))[step - 1][split]
+    order = list(train.training_batches(len(dataset.objects), batch_size, 0, step, 0))[step - 1][split]
     return [dataset.objects[number] for _, number in order]
 
 
@@ -1986,7 +1986,7 @@ def test_resume_with_other_settings(small, tmp_path, capsys):
     others = ["--lr", "1e-5", "--max-steps", "3", "--set", "dice=0.5"]
     with pytest.raises(SystemExit) as refused:
         train.main([*resume, *others])
-    assert "this run has --max-steps 1, not 3; --lr 0.0014, not 1e-05; --set dice=1.0, not 0.5: " in str(
+    assert "this run has --max-steps 1, not 3; --lr 0.001, not 1e-05; --set dice=1.0, not 0.5: " in str(
         refused.value
     )
     for flags in (["--model", "base"], ["--init", "x.pt"], ["--bert", "x"], ["--swin", "x"], ["--no-pretrained"]):

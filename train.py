@@ -25,8 +25,8 @@ from transformers import BertTokenizer
 
 from data import InputError, RefDataset, command_line, load_batches, make_tokenizer, read_dataset
 from evaluate import (
-    autocast, check_numbers, common_flags, evaluate, in_any_process, model_inputs, rank, resolve_precision,
-    start_processes, world,
+    autocast, check_numbers, common_flags, evaluate, from_all_processes, in_any_process, model_inputs, rank,
+    resolve_precision, start_processes, world,
 )  # fmt: skip
 from evaluate import main as evaluate_main
 from model import (
@@ -94,10 +94,7 @@ def main(argv: list[str] | None = None) -> dict:
             raise InputError(f"{out} has done {done} steps already, more than the {total} that it would end with")
         sums = {name: value.to(device) for name, value in resumed["sums"].items()}
         progress = Progress(total, done, sums, resumed["logged_step"])
-        settings = [{name: group[name] for name in ("share", "weight_decay")} for group in optimizer.param_groups]
         optimizer.load_state_dict(resumed["optimizer"])
-        for group, setting in zip(optimizer.param_groups, settings):
-            group.update(setting)  # as the flags say now, not as they did then
         resumed.clear()  # as large as model and optimiser
     if rank() == 0:
         cut_log(out / "log.jsonl", done)
@@ -116,14 +113,14 @@ def main(argv: list[str] | None = None) -> dict:
 
     parallel = DistributedDataParallel(model) if world() > 1 else model
     parallel.broadcast_buffers = False  # Swin's are constants; set here, for torch 2.15 deprecates the argument
-    order = TrainingBatches(len(train), args.batch_size, done, total, args.seed, rank(), world())
+    order = training_batches(len(train), args.batch_size, done, total, args.seed, rank(), world())
     batches = load_batches(train, order, args.workers, device)
     with noted_signals() as received:
         for step, batch in enumerate(batches, done + 1):
             # one step
             lr = learning_rate(step, total, args)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["share"]
+                group["lr"] = lr * group.get("share", 1.0)
             torch.manual_seed(((args.seed << 40) + (step << 12) + rank()) % 2**64)  # dropout depends on the step alone
             model.train()
             optimizer.zero_grad()
@@ -292,7 +289,7 @@ def resumed_settings(args: argparse.Namespace, checkpoint: dict) -> argparse.Nam
     if fixed or told and not args.resume_anyway:
         way = "start another run, perhaps with --init" if fixed else "add --resume-anyway"
         raise InputError(f"this run has {'; '.join(told)}: leave such flags out to go on with it, or {way}")
-    former = {"bert_lr": 1.0, "warmup": 0.0, "beta2": 0.999}  # of runs from before there were these
+    former = {"bert_lr": 1.0, "warmup": 0.0, "beta2": 0.999}  # of runs from before there were these, or a "share"
     return argparse.Namespace(**{**vars(args), **former, **saved, **given, "config": args.config})
 
 
@@ -315,25 +312,18 @@ def split(batch: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Ten
 # The batches, the model and its optimiser
 
 
-class TrainingBatches:
-    """Batch sampler: this rank's slice of the global batch of every step from `start` to `stop`, as (epoch, object).
+def training_batches(objects: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world: int = 1):
+    """Yield this rank's share of the batch of every step from `start` to `stop`, as a list of (epoch, object).
 
-    The order of each epoch is drawn from (seed, epoch); an incomplete last batch is left for the next shuffle.
+    The order of each epoch is drawn from (seed, epoch). An incomplete last batch is left for the next shuffle.
     """
-
-    def __init__(self, objects: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world: int = 1):
-        self.objects, self.batch_size, self.start, self.stop, self.seed = objects, batch_size, start, stop, seed
-        self.rank, self.local = rank, batch_size // world
-        self.steps_per_epoch = objects // batch_size
-
-    def __iter__(self):
-        order, order_epoch = None, None
-        for step in range(self.start, self.stop):
-            epoch, batch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.objects), epoch
-            first = batch * self.batch_size + self.rank * self.local
-            yield [(epoch, int(number)) for number in order[first : first + self.local]]
+    steps_per_epoch, share = objects // batch_size, batch_size // world
+    for step in range(start, stop):
+        epoch, batch = divmod(step, steps_per_epoch)
+        if batch == 0 or step == start:
+            order = np.random.default_rng((seed, epoch)).permutation(objects).tolist()
+        first = batch * batch_size + rank * share
+        yield [(epoch, number) for number in order[first : first + share]]
 
 
 @contextlib.contextmanager
@@ -483,10 +473,7 @@ class Progress:
         if self.sums["loss"].isfinite() and finite:
             return
         mine = [(step, index.tolist(), bool(value.isfinite())) for step, index, value in recent]
-        parts = [mine]
-        if world() > 1:
-            parts = [None] * world()
-            dist.all_gather_object(parts, mine)
+        parts = from_all_processes(mine)
         if rank():
             raise SystemExit(1)
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
