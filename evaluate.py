@@ -95,8 +95,8 @@ def in_any_process(flag: bool) -> bool:
     return bool(votes)
 
 
-def from_all_processes(value) -> list:
-    """Each process's value, by rank."""
+def gather(value) -> list:
+    """The value of each process, by rank; every process asks at the same time."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
@@ -247,7 +247,7 @@ def evaluate(
                 mask = torch.from_numpy(dataset.mask(index)).to(device)
                 logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
             metrics.update(logits > 0, mask, index, measure)
-    samples = itertools.chain(*from_all_processes(metrics.samples))
+    samples = itertools.chain(*gather(metrics.samples))
     metrics.samples = sorted(samples, key=lambda sample: sample["index"])
     return metrics
 

@@ -1897,7 +1897,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypa
     for module, name in ((os, "fsync"), (Path, "replace")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
-    train.save(tmp_path / "last.pt", {"step": 1})
+    model_module.save_checkpoint(tmp_path / "last.pt", {"step": 1})
     assert calls == ["fsync", "replace"] and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
@@ -1981,12 +1981,12 @@ def test_resume_with_other_settings(small, tmp_path, capsys):
     out = tmp_path / "run"
     train.main([*RUN, "--data", str(small), "--max-steps", "1", "--out", str(out)])
     resume = ["--resume", "--out", str(out)]
-    with pytest.raises(SystemExit, match="--max-steps 1, not None"):
+    with pytest.raises(SystemExit, match="max_steps 1, not None"):
         train.main([*resume, "--epochs", "3"])
     others = ["--lr", "1e-5", "--max-steps", "3", "--set", "dice=0.5"]
     with pytest.raises(SystemExit) as refused:
         train.main([*resume, *others])
-    assert "this run has --max-steps 1, not 3; --lr 0.001, not 1e-05; --set dice=1.0, not 0.5: " in str(
+    assert "this run has max_steps 1, not 3; lr 0.001, not 1e-05; dice 1.0, not 0.5: " in str(
         refused.value
     )
     for flags in (["--model", "base"], ["--init", "x.pt"], ["--bert", "x"], ["--swin", "x"], ["--no-pretrained"]):
@@ -2108,7 +2108,7 @@ def test_one_two_and_four_processes_train_alike(small, tmp_path):
         ("train.py", ["--device", "gpu"], "--device gpu can't be used here"),
         ("train.py", ["--batch-size", "0"], "must be at least 1"),
         ("train.py", ["--batch-size", "500"], "fewer than a batch of 500"),
-        ("train.py", ["--batch-size", "16", "--micro-batch", "3"], "not a multiple of --micro-batch 3"),
+        ("train.py", ["--batch-size", "16", "--micro-batch", "3"], "--batch-size 16 is no multiple of 1 process(es) x 3 images"),
         ("train.py", ["--epochs", "0"], "must be at least 1"),
         ("train.py", ["--seed", "-1"], "must be at least 0"),
         ("train.py", ["--ratio", "0"], "must lie in (0, 1]"),
@@ -2118,7 +2118,7 @@ def test_one_two_and_four_processes_train_alike(small, tmp_path):
         ("train.py", ["--swin", "nowhere.pth"], "no Swin weights from nowhere.pth"),
         ("train.py", ["--init", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
         ("train.py", ["--resume", "--out", "nowhere"], "there is no checkpoint nowhere"),
-        ("train.py", ["--resume", "--variant", "linguistic"], "this run has --variant vega, not linguistic"),
+        ("train.py", ["--resume", "--variant", "linguistic"], "this run has variant vega, not linguistic"),
         (
             "train.py",
             ["--resume", "--resume-anyway", "--variant", "linguistic"],
@@ -2133,8 +2133,8 @@ def test_one_two_and_four_processes_train_alike(small, tmp_path):
         ("train.py", ["--set", "sice=1"], "there is no 'sice'; it must be one of image_size"),
         ("train.py", ["--set", "dice=-1"], "must be at least 0"),
         ("train.py", ["--set", "contrastive=nan"], "must be at least 0"),
-        ("train.py", ["--resume", "--set", "dice=0"], "this run has --set dice=1.0, not 0.0"),
-        ("train.py", ["--resume", "--set", "coordinates=false"], "this run has --set coordinates=True, not False"),
+        ("train.py", ["--resume", "--set", "dice=0"], "this run has dice 1.0, not 0.0"),
+        ("train.py", ["--resume", "--set", "coordinates=false"], "this run has coordinates True, not False"),
         ("evaluate.py", ["--split", "tetsB"], "no split 'tetsB'; it has train, val, testA, testB"),
         ("evaluate.py", ["--pictures", "-1"], "must be at least 0"),
         ("evaluate.py", ["--json", "nowhere/x.json"], "there is no folder nowhere"),

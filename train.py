@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import sys
 import time
@@ -25,8 +26,8 @@ from transformers import BertTokenizer
 
 from data import InputError, RefDataset, command_line, load_batches, make_tokenizer, read_dataset
 from evaluate import (
-    autocast, check_numbers, common_flags, evaluate, from_all_processes, in_any_process, model_inputs, rank,
-    resolve_precision, start_processes, world,
+    autocast, check_numbers, common_flags, evaluate, gather, in_any_process, model_inputs, rank, resolve_precision,
+    start_processes, world,
 )  # fmt: skip
 from evaluate import main as evaluate_main
 from model import (
@@ -35,23 +36,20 @@ from model import (
 )  # fmt: skip
 from selection import VARIANTS
 
-# What each model is trained with unless a flag says otherwise. base: Sec. 4.1, with our weight decay; tiny: all ours.
-# BERT learns at bert_lr * lr. The learning rate rises over the first `warmup` of the steps.
+# What a model is trained with unless a flag says otherwise. BERT learns at bert_lr * lr, and the learning rate rises
+# over the first `warmup` of the steps.
+DEFAULTS = dict(batch_size=16, bert_lr=1.0, warmup=0.0, beta2=0.999, weight_decay=0.01, data="data", seed=0)
 RECIPES = {
-    "tiny": dict(
-        epochs=5, batch_size=8, lr=1e-3, bert_lr=0.05, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10,
-        workers=0,
+    "tiny": dict(  # ours
+        epochs=5, batch_size=8, lr=1e-3, bert_lr=0.05, warmup=0.05, beta2=0.98, log_every=10, workers=0
     ),
-    "base": dict(
-        epochs=40, batch_size=16, lr=3e-5, bert_lr=1.0, warmup=0.0, beta2=0.999, weight_decay=0.01, log_every=50,
-        workers=4,
-    ),
-}  # fmt: skip
+    "base": dict(epochs=40, lr=3e-5, log_every=50, workers=4),  # Sec. 4.1; ours: weight decay 0.01
+}
 SETTABLE = {"image_size": int, "dropout": float, "drop_path": float, "contrastive": float, "dice": float,
             "coordinates": {"true": True, "false": False}.__getitem__}  # fmt: skip
 STOPPED = 75  # exit status of a run that a signal stopped and --resume goes on with; sysexits.h: try again
 START_FLAGS = ("dataset", "model", "init", "swin", "bert", "no_pretrained")  # of a new run only
-TEXT_RULES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")  # how the tokenizer cuts a text
+FREE_FLAGS = ("device", "data", "images", "workers", "out", "resume", "resume_anyway")  # may differ after --resume
 
 
 @command_line
@@ -61,55 +59,63 @@ def main(argv: list[str] | None = None) -> dict:
     device = start_processes(args.device)
     args, out, resumed = open_run(args)
     args.precision = resolve_precision(args.precision, device)
-    micro_batch = split_batch(args.batch_size, args.micro_batch)
+    share = math.ceil(args.batch_size / world())  # images of a step for each process
+    micro_batch = min(args.micro_batch or share, share)
+    parts = share // micro_batch
+    if args.batch_size % (world() * micro_batch):
+        raise InputError(
+            f"--batch-size {args.batch_size} is no multiple of {world()} process(es) x {micro_batch} images"
+        )
 
     # data and model
-    with rank_0_first():
-        splits, _ = read_dataset(args.dataset, args.data, args.images)
-        if resumed is None:
-            model, tokenizer = build(args, RefDataset(args.dataset, "train", args.data, args.images).expressions)
-        else:
-            model, tokenizer = restore(resumed, torch.device("cpu"), **args.config)
-    model.to(device).train()
-    model.vision.swin.set_grad_checkpointing(bool(args.gradient_checkpointing))
+    if rank():
+        gather(None)  # wait for rank 0, which downloads or generates what is missing
+    model, tokenizer = build(args, resumed)
+    if rank() == 0:
+        gather(None)
+    model.to(device)
+    model.vision.swin.set_grad_checkpointing(args.gradient_checkpointing)
     config = model.config
-    train, val = (
-        RefDataset(args.dataset, split, args.data, args.images, tokenizer, config.max_tokens, config.image_size,
-                   training=split == "train", seed=args.seed) for split in ("train", "val")
-    )  # fmt: skip
-    if len(train) < args.batch_size:
-        raise InputError(
-            f"{args.dataset} has {len(train)} objects to train on, fewer than a batch of {args.batch_size}: lower it"
-        )
-    optimizer = make_optimizer(model, args)
+    inputs = (args.data, args.images, tokenizer, config.max_tokens, config.image_size)
+    train = RefDataset(args.dataset, "train", *inputs, training=True, seed=args.seed)
+    val = RefDataset(args.dataset, "val", *inputs)
     steps_per_epoch = len(train) // args.batch_size
+    if steps_per_epoch == 0:
+        raise InputError(
+            f"{len(train)} objects to train on, fewer than a batch of {args.batch_size}: lower --batch-size"
+        )
     total = args.max_steps or round(args.epochs * steps_per_epoch)
     validate_every = args.validate_every or steps_per_epoch
+    checkpoint_every = args.checkpoint_every or total
 
-    # where the run stands: a new one at step 0, or as its last checkpoint says
-    done, best, progress = 0, -1.0, Progress(total)
-    if resumed is not None:
-        done, best = resumed["step"], resumed["best"]
-        if done > total:
-            raise InputError(f"{out} has done {done} steps already, more than the {total} that it would end with")
-        sums = {name: value.to(device) for name, value in resumed["sums"].items()}
-        progress = Progress(total, done, sums, resumed["logged_step"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        resumed.clear()  # as large as model and optimiser
-    if rank() == 0:
-        cut_log(out / "log.jsonl", done)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{args.model} VEGA, {size:.1f} M parameters, on {args.dataset}: {len(train)} objects, {total} steps of "
-              f"{args.batch_size} on {world()} x {device.type}, {args.precision}; run: {out}", flush=True)  # fmt: skip
+    # where the run stands: at its start, or as its last checkpoint says
+    optimizer = make_optimizer(model, args)
+    state = resumed or {"step": 0, "best": -1.0, "sums": {}, "logged_step": 0}
+    done, best = state["step"], state["best"]
+    if done > total:
+        raise InputError(f"{out} has done {done} steps already, more than the {total} that it would end with")
+    sums = {name: value.to(device) for name, value in state["sums"].items()}
+    progress = Progress(total, done, sums, state["logged_step"])
+    if resumed:  # the moments as they were, the groups' settings as the flags say now
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": resumed["optimizer"]["state"]})
+    del resumed, state  # as large as model and optimiser
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"{args.model} VEGA, {size:.1f} M parameters, on {args.dataset}: {len(train)} objects, {total} steps of "
+        f"{args.batch_size} on {world()} x {device.type}, {args.precision}; run: {out}")  # fmt: skip
+    cut_log(out / "log.jsonl", done)
 
-    def checkpoint(step: int) -> dict:
-        """All that a resumed run needs, as it is now; reading it needs no other file."""
-        return {
-            "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": args.precision,
-            "config": dataclasses.asdict(config), "args": vars(args), "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(), "sums": progress.sums, "logged_step": progress.logged_step,
-            "tokenizer": {"vocab": tokenizer.get_vocab(), **{name: getattr(tokenizer, name) for name in TEXT_RULES}},
-        }  # fmt: skip
+    def save(name: str, step: int) -> None:
+        """Write all that a resumed run needs, as it is now; reading it needs no other file."""
+        names = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+        text_rules = {name: getattr(tokenizer, name) for name in names}  # how it cuts a text
+        if rank() == 0:
+            save_checkpoint(out / name, {
+                "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": args.precision,
+                "config": dataclasses.asdict(config), "args": vars(args), "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "sums": progress.sums, "logged_step": progress.logged_step,
+                "tokenizer": {"vocab": tokenizer.get_vocab(), **text_rules},
+            })  # fmt: skip
+        gather(None)  # the others wait
 
     parallel = DistributedDataParallel(model) if world() > 1 else model
     parallel.broadcast_buffers = False  # Swin's are constants; set here, for torch 2.15 deprecates the argument
@@ -120,53 +126,52 @@ def main(argv: list[str] | None = None) -> dict:
             # one step
             lr = learning_rate(step, total, args)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("share", 1.0)
+                group["lr"] = lr * group["share"]
             torch.manual_seed(((args.seed << 40) + (step << 12) + rank()) % 2**64)  # dropout depends on the step alone
             model.train()
             optimizer.zero_grad()
-            parts = split(batch, micro_batch)
-            for i, part in enumerate(parts, 1):
+            for first in range(0, share, micro_batch):
+                part = {name: values[first : first + micro_batch] for name, values in batch.items()}
                 # the processes' gradients meet once, in the last part
-                with contextlib.nullcontext() if i == len(parts) or world() == 1 else parallel.no_sync():
-                    with autocast(device, args.precision):
-                        output = parallel(*model_inputs(part, device))
-                    losses = model.loss(output, part["mask"].to(device, non_blocking=True))
-                    (losses["loss"] / len(parts)).backward()
-                progress.add(step, part["index"], losses, len(parts))
+                parallel.require_backward_grad_sync = first + micro_batch == share
+                with autocast(device, args.precision):
+                    output = parallel(*model_inputs(part, device))
+                losses = model.loss(output, part["mask"].to(device, non_blocking=True))
+                (losses["loss"] / parts).backward()
+                progress.add(step, part["index"], losses, parts)
             optimizer.step()
             progress.update(step)
 
             # what does not happen in every step
-            stopping = in_any_process(bool(received))
-            validating = step % validate_every == 0 or step == total
-            saving = validating or stopping or bool(args.checkpoint_every) and step % args.checkpoint_every == 0
             logging = step % args.log_every == 0 or step == total
+            validating = step % validate_every == 0 or step == total
+            stopping = in_any_process(bool(received))
+            saving = validating or stopping or step % checkpoint_every == 0
             if logging or saving:
                 progress.check(model, train, out / "last.pt")
             if logging:
-                line = progress.line(step)
+                line = {"step": step, "epoch": step / steps_per_epoch, **progress.line(step), "lr": lr}
                 if model.log_tau is not None:
                     line["tau"] = model.log_tau.exp().item()
-                write_log(out, {"step": step, "epoch": step / steps_per_epoch, **line, "lr": lr})
+                write_log(out, line)
             if validating:
                 scores = evaluate(model, val, device, args.precision, args.workers).compute()
-                progress.say(f"step {step}: val mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
+                say(f"step {step}: val mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
                 write_log(out, {"step": step, "split": "val", **scores})
                 if scores["oIoU"] > best:  # ours: the best by oIoU on val
                     best = scores["oIoU"]
-                    save(out / "best.pt", checkpoint(step))
+                    save("best.pt", step)
                 stopping = in_any_process(bool(received))  # a validation lasts
             if saving:
-                save(out / "last.pt", checkpoint(step))
+                save("last.pt", step)
             if stopping:
                 launch = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
-                progress.say(
-                    f"stopped after step {step} of {total}; go on with: {launch} train.py --resume --out {out}"
-                )
+                say(f"stopped after step {step} of {total}; go on with: {launch} train.py --resume --out {out}")
                 raise SystemExit(STOPPED)
     progress.bar.close()
 
     # the best checkpoint's scores on every split but the training one, and pictures of them
+    splits, _ = read_dataset(args.dataset, args.data, args.images)
     tests = [split for split in splits if split not in ("train", "val")]
     images = [f"--images={args.images}"] if args.images else []
     scores = evaluate_main([
@@ -182,8 +187,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    lines = [f"  {name:<22}{v.table:<5}{v.oIoU or '-':>5}  {v.row}" for name, v in VARIANTS.items()]
-    variants = "\n".join(["variants, by the paper's table, with its oIoU on RefCOCO val:", *lines,
+    rows = [f"  {name:<22}{v.table:<5}{v.oIoU or '-':>5}  {v.row}" for name, v in VARIANTS.items()]
+    variants = "\n".join(["variants, by the paper's table, with its oIoU on RefCOCO val:", *rows,
                           "  --ratio 0.1 to 0.8    6    74.80 to 75.35  number of k"])  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=variants, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -217,7 +222,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--bert", metavar="SOURCE", help="a folder, or a model's name in transformers (base: BERT-base uncased)")
     flag("--no-pretrained", action="store_true", help="start base at random, not from pretrained weights")
     # fmt: on
-    parser.set_defaults(no_pretrained=None, resume=None, resume_anyway=None, gradient_checkpointing=None)  # not given
     args = parser.parse_args(argv)
     args.resume = args.resume or args.resume_anyway
     counts = ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every")
@@ -244,127 +248,98 @@ def config_field(text: str) -> tuple[str, int | float | bool]:
 
 
 def open_run(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, dict | None]:
-    """All settings, the run's folder, and the checkpoint to go on from: None if the run is new."""
+    """All settings, the run's folder, and the checkpoint to go on from: None if the run is new.
+
+    Raises InputError if a flag says otherwise than the run to go on with, unless one wants it anyway.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    config = given.pop("config")
     if args.resume:
         out = Path(args.out) if args.out else newest_run("last.pt").parent
-        checkpoint = read_checkpoint(out / "last.pt")
-        return resumed_settings(args, checkpoint), out, checkpoint
-    args = new_settings(args)
-    name = [Path(args.out or f"runs/{Path(args.dataset).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}")]
-    if world() > 1:
-        dist.broadcast_object_list(name)  # the clock of rank 0 names the run
-    (out,) = name
-    if any((out / file).exists() for file in ("last.pt", "best.pt", "metrics.json")):
-        raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or delete it")
-    return args, out, None
+        resumed = read_checkpoint(out / "last.pt")
+        settings = resumed["args"]
+        if args.epochs:
+            given.setdefault("max_steps", None)  # which would else decide
+        now = {**given, **config}
+        then = {**settings, **{name: resumed["config"][name] for name in config}}
+        others = [name for name in now if now[name] != then.get(name) and name not in FREE_FLAGS]
+        fixed = set(others) & set(START_FLAGS)
+        if fixed or others and not args.resume_anyway:
+            told = "; ".join(f"{name} {then.get(name)}, not {now[name]}" for name in others)
+            way = "start another run, perhaps with --init" if fixed else "add --resume-anyway"
+            raise InputError(f"this run has {told}: leave such flags out to go on with it, or {way}")
+    else:
+        resumed, settings = None, settings_of_preset(given)
+        name = f"{Path(settings['dataset']).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = gather(Path(args.out or f"runs/{name}"))[0]  # the clock of rank 0 names the run
+        if any((out / file).exists() for file in ("last.pt", "best.pt", "metrics.json")):
+            raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or delete it")
+    return argparse.Namespace(**{**vars(args), **DEFAULTS, **settings, **given, "config": config}), out, resumed
 
 
-def new_settings(args: argparse.Namespace) -> argparse.Namespace:
-    """What the command line says, and for the rest the recipe of the model's preset."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
+def settings_of_preset(given: dict) -> dict:
+    """The settings of a new run that follow from the flags given: dataset, model, its recipe and pretrained weights."""
     dataset = given.get("dataset", "shapes")
-    start = read_checkpoint(args.init)["args"] if args.init else {}
-    model = given.get("model", start.get("model", "tiny" if dataset == "shapes" else "base"))
-    pretrained = {"swin": PRETRAINED_SWIN, "bert": PRETRAINED_BERT}
-    if args.init or model == "tiny" or args.no_pretrained:
-        pretrained = {}
-    recipe = {"dataset": dataset, "model": model, "data": "data", "seed": 0, **RECIPES[model]}
-    return argparse.Namespace(**{**vars(args), **recipe, **pretrained, **given})
-
-
-def resumed_settings(args: argparse.Namespace, checkpoint: dict) -> argparse.Namespace:
-    """The settings of the run to go on with. A flag that says otherwise is an error, unless one wants it anyway."""
-    saved, config = checkpoint["args"], checkpoint["config"]
-    given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
-    if args.epochs:
-        given.setdefault("max_steps", None)  # which would else decide
-    machine = ("device", "data", "images", "workers", "out", "resume", "resume_anyway")
-    others = [name for name in given if name not in machine and given[name] != saved.get(name)]
-    told = [f"--{name.replace('_', '-')} {saved.get(name)}, not {given[name]}" for name in others]
-    for name, value in args.config.items():
-        if value != config[name]:
-            flag = f"--set {name}=" if name in SETTABLE else f"--{name} "
-            told.append(f"{flag}{config[name]}, not {value}")
-    fixed = set(others) & set(START_FLAGS)
-    if fixed or told and not args.resume_anyway:
-        way = "start another run, perhaps with --init" if fixed else "add --resume-anyway"
-        raise InputError(f"this run has {'; '.join(told)}: leave such flags out to go on with it, or {way}")
-    former = {"bert_lr": 1.0, "warmup": 0.0, "beta2": 0.999}  # of runs from before there were these, or a "share"
-    return argparse.Namespace(**{**vars(args), **former, **saved, **given, "config": args.config})
-
-
-def split_batch(batch_size: int, micro_batch: int | None) -> int:
-    """The micro batch: at most a process's share of the batch, and a divisor of it."""
-    share, rest = divmod(batch_size, world())
-    if rest:
-        raise InputError(f"a batch of {batch_size} does not divide among {world()} processes")
-    micro_batch = min(micro_batch or share, share)
-    if share % micro_batch:
-        raise InputError(f"each process's share of {share} images is not a multiple of --micro-batch {micro_batch}")
-    return micro_batch
-
-
-def split(batch: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
-    """The same in parts of `size` samples."""
-    return [dict(zip(batch, values)) for values in zip(*(value.split(size) for value in batch.values()))]
+    model = "tiny" if dataset == "shapes" else "base"
+    if "init" in given:
+        model = read_checkpoint(given["init"])["args"]["model"]
+    model = given.get("model", model)
+    settings = {"dataset": dataset, "model": model, **RECIPES[model]}
+    if model == "base" and "init" not in given and "no_pretrained" not in given:
+        settings.update(swin=PRETRAINED_SWIN, bert=PRETRAINED_BERT)
+    return settings
 
 
 # The batches, the model and its optimiser
 
 
 def training_batches(objects: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world: int = 1):
-    """Yield this rank's share of the batch of every step from `start` to `stop`, as a list of (epoch, object).
+    """For every step from `start` to `stop` this rank's slice of the global batch, a list of (epoch, object).
 
-    The order of each epoch is drawn from (seed, epoch). An incomplete last batch is left for the next shuffle.
+    The order of each epoch is drawn from (seed, epoch); an incomplete last batch is left for the next shuffle.
     """
-    steps_per_epoch, share = objects // batch_size, batch_size // world
+    share = batch_size // world
     for step in range(start, stop):
-        epoch, batch = divmod(step, steps_per_epoch)
+        epoch, batch = divmod(step, objects // batch_size)
         if batch == 0 or step == start:
-            order = np.random.default_rng((seed, epoch)).permutation(objects).tolist()
+            order = np.random.default_rng((seed, epoch)).permutation(objects)
         first = batch * batch_size + rank * share
-        yield [(epoch, number) for number in order[first : first + share]]
+        yield [(epoch, int(number)) for number in order[first : first + share]]
 
 
-@contextlib.contextmanager
-def rank_0_first():
-    """The other processes wait until rank 0 is through, which downloads or generates what is missing."""
-    if rank():
-        dist.barrier()
-    yield
-    if world() > 1 and not rank():
-        dist.barrier()
+def build(args: argparse.Namespace, resumed: dict | None) -> tuple[VEGA, BertTokenizer]:
+    """The model and its tokenizer: the resumed checkpoint's, those of --init, or new ones at their starting weights.
 
-
-def build(args: argparse.Namespace, expressions: list[str]) -> tuple[VEGA, BertTokenizer]:
-    """The model at its starting weights, and its tokenizer: pretrained BERT's, or one made of the training words."""
+    A new model has pretrained BERT's tokenizer, or one made of the training words.
+    """
+    expressions = RefDataset(args.dataset, "train", args.data, args.images).expressions
+    if resumed is not None:
+        return restore(resumed, torch.device("cpu"), **args.config)
     if args.init:
-        torch.manual_seed(args.seed)
         checkpoint = read_checkpoint(args.init)
+        torch.manual_seed(args.seed)
         added = add_words(checkpoint, expressions)
-        if added and rank() == 0:
-            print(f"{added} words of the training expressions are new to {args.init}: they start at random")
+        if added:
+            say(f"{added} words of the training expressions are new to {args.init}: they start at random")
         return restore(checkpoint, torch.device("cpu"), **args.config)
-    bert, tokenizer = load_bert(args.bert) if args.bert else (None, make_tokenizer(expressions))
     try:
         config = getattr(VEGAConfig, args.model)(**args.config)
-        if bert:
+        if args.bert:
+            bert, tokenizer = load_bert(args.bert)
             config.bert = {name: getattr(bert.config, name) for name in BERT_FIELDS}
         else:
+            tokenizer = make_tokenizer(expressions)
             config.bert["vocab_size"] = len(tokenizer)
         torch.manual_seed(args.seed)
         model = VEGA(config)
     except ValueError as error:
         raise InputError(str(error)) from None
-    loaded = []
-    if bert:
+    if args.bert:
         weights = bert.state_dict()
         model.bert.load_state_dict(weights)
-        loaded.append(f"BERT: {len(weights)} tensors from {args.bert}; left out, for VEGA has none: pooler")
+        say(f"BERT: {len(weights)} tensors from {args.bert}; left out, for VEGA has none: pooler")
     if args.swin:
-        loaded.append(load_swin(model.vision.swin, args.swin, config.window_size))
-    if loaded and rank() == 0:
-        print(*loaded, sep="\n", flush=True)
+        say(load_swin(model.vision.swin, args.swin, config.window_size))
     return model, tokenizer
 
 
@@ -405,7 +380,7 @@ def write_log(out: Path, line: dict) -> None:
 
 def cut_log(path: Path, step: int) -> None:
     """Leave out the lines past a step, which the run writes again, and what a kill or a power cut left of one."""
-    if not path.exists():
+    if rank() or not path.exists():
         return
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
@@ -414,23 +389,22 @@ def cut_log(path: Path, step: int) -> None:
     part.replace(path)
 
 
-def save(path: Path, checkpoint: dict) -> None:
-    """Rank 0 writes the checkpoint, and the others wait for it."""
+def say(text: str) -> None:
+    """Rank 0 prints it, clear of the bar."""
     if rank() == 0:
-        save_checkpoint(path, checkpoint)
-    if world() > 1:
-        dist.barrier()
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 class Progress:
     """The losses since the last line of the log, and a bar, or where there is none the minutes left."""
 
-    def __init__(self, total: int, done: int = 0, sums: dict | None = None, logged_step: int = 0):
+    def __init__(self, total: int, done: int, sums: dict[str, torch.Tensor], logged_step: int):
         self.total, self.done = total, done
-        self.sums, self.logged_step = sums or {}, logged_step  # sums of the losses over the steps since then
+        self.sums, self.logged_step = sums, logged_step  # sums of the losses over the steps since then
         self.recent = []  # step, samples and loss of each part of a batch since the losses were last found finite
         self.bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
-        self.began = self.told = time.perf_counter()
+        self.began, self.told = time.perf_counter(), 0.0
 
     def add(self, step: int, index: torch.Tensor, losses: dict[str, torch.Tensor], parts: int) -> None:
         """Count one of the parts of a batch: its samples and losses."""
@@ -441,15 +415,10 @@ class Progress:
     def update(self, step: int) -> None:
         """A step is done. Where there is no bar, say now and then how long the others will take."""
         self.bar.update()
-        now = time.perf_counter()
-        if self.bar.disable and now - self.told >= min(600, max(20, (now - self.began) / 10)):
-            self.told, left = now, (self.total - step) * (now - self.began) / (step - self.done) / 60
-            self.say(f"step {step} of {self.total}: loss {self.recent[-1][2]:.3f}, {left:.0f} minutes left")
-
-    def say(self, text: str) -> None:
-        if rank() == 0:
-            self.bar.write(text)
-            sys.stdout.flush()
+        seconds = time.perf_counter() - self.began
+        if self.bar.disable and seconds - self.told >= min(600, max(20, seconds / 10)):
+            self.told, left = seconds, (self.total - step) * seconds / (step - self.done) / 60
+            say(f"step {step} of {self.total}: loss {self.recent[-1][2]:.3f}, {left:.0f} minutes left")
 
     def line(self, step: int) -> dict:
         """The mean losses since the last line of the log, and the seconds since the start."""
@@ -459,29 +428,27 @@ class Progress:
         return {**line, "seconds": time.perf_counter() - self.began}
 
     def check(self, model: VEGA, train: RefDataset, last: Path) -> None:
-        """Average the losses over the processes. All stop if one is not finite, or a weight, and name the samples.
+        """Average the losses over the processes. If one is not finite, or a weight, all stop and name the samples.
 
-        Args:
-            last: the checkpoint that an earlier, finite state was saved to.
+        `last` is the checkpoint of an earlier, finite state.
         """
         if world() > 1:
             values = torch.stack(list(self.sums.values()))
             dist.all_reduce(values)
             self.sums = dict(zip(self.sums, values / world()))
         recent, self.recent = self.recent, []
-        finite = torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all()
-        if self.sums["loss"].isfinite() and finite:
+        finite = [value.detach().isfinite().all() for value in (self.sums["loss"], *model.parameters())]
+        if torch.stack(finite).all():
             return
-        mine = [(step, index.tolist(), bool(value.isfinite())) for step, index, value in recent]
-        parts = from_all_processes(mine)
+        mine = [(step, index.tolist()) for step, index, loss in recent if not loss.isfinite()]
+        wrong = sorted(part for process in gather(mine) for part in process)
         if rank():
             raise SystemExit(1)
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-        wrong = sorted((step, index) for part in parts for step, index, is_finite in part if not is_finite)
         if not wrong:
             raise InputError(f"the weights are not finite after step {recent[-1][0]}, though its loss is; {kept}")
         first = wrong[0][0]
-        ids = [train.ids(i) for step, index in wrong if step == first for i in index]
+        ids = [train.ids(number) for step, numbers in wrong if step == first for number in numbers]
         named = ", ".join(f"{one['ref_id']}/{one['sent_id']}" for one in ids)
         raise InputError(f"the loss is not finite at step {first}; its ref_id/sent_id are {named}; {kept}")
 
