@@ -83,7 +83,7 @@ def random_batch(config: VEGAConfig, size: int = 2, words: tuple[int, ...] = (7,
     return image, ids, mask
 
 
-# Selection.py
+# selection.py
 
 
 def algorithm_1(block: VISBlock, F_v, Q_l, mask_l, ratio, variant="vega"):
@@ -169,6 +169,49 @@ def test_each_word_selects_its_k_most_similar_pixels():
     worst_selected = selection.S.masked_fill(selection.M == 0, 2).amin(-1)
     best_left = selection.S.masked_fill(selection.M == 1, -2).amax(-1)
     assert (worst_selected >= best_left).all()
+
+
+def test_no_tensor_of_words_times_pixels_times_channels():
+    """The literal weighted sum makes tensors of B x T x N x D; ours makes none, forward or backward."""
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(output):
+                self.size = max(self.size, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return output
+
+    B, T, N, D = 2, 21, 225, 64
+    F_v, Q_l = torch.randn(B, N, D, requires_grad=True), torch.randn(B, T, D, requires_grad=True)
+    sizes = []
+    for block in (VISBlock(D), LiteralVISBlock(D)):
+        with Largest() as largest:
+            block(F_v, Q_l, torch.ones(B, T)).G.sum().backward()
+        sizes.append(largest.size)
+    assert sizes[0] < B * T * N * D / 5 and sizes[1] >= B * T * N * D
+
+
+def test_contrastive_loss_is_equation_5():
+    """Worked pixel by pixel, and the gradient of tau against a finite difference."""
+    torch.manual_seed(0)
+    s, target = torch.rand(2, 4, 4) * 2 - 1, torch.rand(2, 4, 4) < 0.3
+
+    def literal(tau):
+        sigma = lambda x: 1 / (1 + math.exp(-x))
+        terms = [
+            -math.log(sigma(q / tau)) if z else -math.log(1 - sigma(q / tau))
+            for q, z in zip(s.flatten().tolist(), target.flatten().tolist())
+        ]
+        return sum(terms) / len(terms)
+
+    log_tau = torch.tensor(math.log(0.3), requires_grad=True)
+    loss = pixel_contrastive_loss(s, target, log_tau.exp())
+    assert loss.item() == pytest.approx(literal(0.3), rel=1e-5)
+    loss.backward()
+    difference = (literal(math.exp(math.log(0.3) + 1e-4)) - literal(math.exp(math.log(0.3) - 1e-4))) / 2e-4
+    assert log_tau.grad.item() == pytest.approx(difference, rel=1e-4)
 
 
 STEPWISE = {"vega": Stepwise}  # whose steps can be called one at a time
@@ -280,7 +323,7 @@ WHAT_SETS_IT_APART = {  # true of the variant and false of vega
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "vega"])
-def test_what_sets_a_variant_apart(name):
+def test_a_variant_differs_from_vega_as_its_row_says(name):
     assert WHAT_SETS_IT_APART[name](name) and not WHAT_SETS_IT_APART[name]("vega")
 
 
@@ -325,50 +368,7 @@ def test_a_threshold_may_select_nothing():
     assert output.G.isfinite().all() and Q_l.grad.isfinite().all()
 
 
-def test_no_tensor_of_words_times_pixels_times_channels():
-    """The literal weighted sum makes tensors of B x T x N x D; ours makes none, forward or backward."""
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            output = function(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(output):
-                self.size = max(self.size, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-            return output
-
-    B, T, N, D = 2, 21, 225, 64
-    F_v, Q_l = torch.randn(B, N, D, requires_grad=True), torch.randn(B, T, D, requires_grad=True)
-    sizes = []
-    for block in (VISBlock(D), LiteralVISBlock(D)):
-        with Largest() as largest:
-            block(F_v, Q_l, torch.ones(B, T)).G.sum().backward()
-        sizes.append(largest.size)
-    assert sizes[0] < B * T * N * D / 5 and sizes[1] >= B * T * N * D
-
-
-def test_contrastive_loss_is_equation_5():
-    """Worked pixel by pixel, and the gradient of tau against a finite difference."""
-    torch.manual_seed(0)
-    s, target = torch.rand(2, 4, 4) * 2 - 1, torch.rand(2, 4, 4) < 0.3
-
-    def literal(tau):
-        sigma = lambda x: 1 / (1 + math.exp(-x))
-        terms = [
-            -math.log(sigma(q / tau)) if z else -math.log(1 - sigma(q / tau))
-            for q, z in zip(s.flatten().tolist(), target.flatten().tolist())
-        ]
-        return sum(terms) / len(terms)
-
-    log_tau = torch.tensor(math.log(0.3), requires_grad=True)
-    loss = pixel_contrastive_loss(s, target, log_tau.exp())
-    assert loss.item() == pytest.approx(literal(0.3), rel=1e-5)
-    loss.backward()
-    difference = (literal(math.exp(math.log(0.3) + 1e-4)) - literal(math.exp(math.log(0.3) - 1e-4))) / 2e-4
-    assert log_tau.grad.item() == pytest.approx(difference, rel=1e-4)
-
-
-# Model.py
+# model.py
 
 
 def test_early_fusion_is_lavt_in_plain_loops():
@@ -437,6 +437,21 @@ def test_shifted_windows_in_plain_loops(side):
         torch.testing.assert_close(block._attn(x)[0], result[:side, :side], rtol=1e-5, atol=1e-5)
 
 
+def test_windows_use_fused_attention_and_change_nothing():
+    torch.manual_seed(0)
+    swin = VisionEncoder(VEGAConfig.tiny(image_size=60, depths=(2, 2), num_heads=(2, 2), window_size=4)).swin
+    attentions = [block.attn for stage in swin.layers for block in stage.blocks]
+    assert all(attention.fused_attn for attention in attentions)
+    results = []
+    for fused in (True, False):
+        for attention in attentions:
+            attention.fused_attn = fused
+        output = swin.layers(swin.patch_embed(torch.linspace(-2, 2, 3 * 60 * 60).view(1, 3, 60, 60).sin()))
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(swin.layers.parameters()))])
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+
+
 def test_base_is_the_papers_model():
     torch.manual_seed(0)
     config = VEGAConfig.base()
@@ -453,6 +468,42 @@ def test_base_is_the_papers_model():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     stated = re.search(r"base model has ([\d,]+) parameters", (HERE / "README.md").read_text())
     assert int(stated[1].replace(",", "")) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("overrides", [dict(image_size=62), dict(image_size=8), dict(ratio=0.0), dict(ratio=1.5),
+                                       dict(bert={"hidden_size": 8, "vocab_size": 9, "_attn_implementation": "x"})])
+def test_impossible_configs_are_refused(overrides):
+    with pytest.raises(ValueError, match="must|names _attn_implementation"):
+        VEGA(VEGAConfig.tiny(**overrides))
+
+
+def test_padding_does_not_matter():
+    torch.manual_seed(0)
+    config = VEGAConfig.tiny()
+    model = VEGA(config).eval()
+    image, ids, mask = random_batch(config, words=(7, 4))
+    with torch.no_grad():
+        logits = model(image, ids, mask)["logits"]
+        other = model(image, torch.where(mask == 1, ids, 63 - ids), mask)["logits"]
+        cut = model(image, ids[:, :7], mask[:, :7])["logits"]
+        words_matter = model(image, torch.where(mask == 1, 68 - ids, ids), mask)["logits"]
+    torch.testing.assert_close(other, logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cut, logits, rtol=0, atol=1e-4)
+    assert (words_matter - logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_every_parameter_learns(stages):
+    """So DDP needs no find_unused_parameters. Also with every word but [CLS] padded, under bf16."""
+    torch.manual_seed(0)
+    config = VEGAConfig.tiny(depths=(1,) * stages, num_heads=(2,) * stages)
+    model = VEGA(config)
+    image, ids, mask = random_batch(config, words=(1, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(image, ids, mask)
+    model.loss(output, torch.rand(2, 128, 128) < 0.1)["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -510,45 +561,6 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 1e-5
 
 
-@pytest.mark.parametrize("flag", [[], ["--gradient-checkpointing"]])
-def test_the_flag_for_gradient_checkpointing_reaches_swin(flag, small, tmp_path, monkeypatch):
-    calls, real = [], timm.models.swin_transformer.checkpoint_seq
-    monkeypatch.setattr(
-        timm.models.swin_transformer, "checkpoint_seq", lambda blocks, x: (calls.append(blocks), real(blocks, x))[1]
-    )
-    train.main(["--data", str(small), "--max-steps", "1", "--batch-size", "4", "--out", str(tmp_path / "run"), *flag])
-    assert bool(calls) == bool(flag)
-
-
-@pytest.mark.parametrize("stages", [2, 3, 4])
-def test_every_parameter_learns(stages):
-    """So DDP needs no find_unused_parameters. Also with every word but [CLS] padded, under bf16."""
-    torch.manual_seed(0)
-    config = VEGAConfig.tiny(depths=(1,) * stages, num_heads=(2,) * stages)
-    model = VEGA(config)
-    image, ids, mask = random_batch(config, words=(1, 5))
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(image, ids, mask)
-    model.loss(output, torch.rand(2, 128, 128) < 0.1)["loss"].backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-
-
-def test_padding_does_not_matter():
-    torch.manual_seed(0)
-    config = VEGAConfig.tiny()
-    model = VEGA(config).eval()
-    image, ids, mask = random_batch(config, words=(7, 4))
-    with torch.no_grad():
-        logits = model(image, ids, mask)["logits"]
-        other = model(image, torch.where(mask == 1, ids, 63 - ids), mask)["logits"]
-        cut = model(image, ids[:, :7], mask[:, :7])["logits"]
-        words_matter = model(image, torch.where(mask == 1, 68 - ids, ids), mask)["logits"]
-    torch.testing.assert_close(other, logits, rtol=0, atol=1e-5)
-    torch.testing.assert_close(cut, logits, rtol=0, atol=1e-4)
-    assert (words_matter - logits).abs().max() > 1e-3
-
-
 def test_an_untrained_tiny_model_learns_one_batch(small):
     torch.manual_seed(0)
     dataset = tokenized("shapes", "train", small, image_size=128, training=True)
@@ -567,21 +579,6 @@ def test_an_untrained_tiny_model_learns_one_batch(small):
         model.loss(output, batch["mask"])["loss"].backward()
         optimizer.step()
     raise AssertionError(f"IoU after 200 steps: {ious}")
-
-
-def test_windows_use_fused_attention_and_change_nothing():
-    torch.manual_seed(0)
-    swin = VisionEncoder(VEGAConfig.tiny(image_size=60, depths=(2, 2), num_heads=(2, 2), window_size=4)).swin
-    attentions = [block.attn for stage in swin.layers for block in stage.blocks]
-    assert all(attention.fused_attn for attention in attentions)
-    results = []
-    for fused in (True, False):
-        for attention in attentions:
-            attention.fused_attn = fused
-        output = swin.layers(swin.patch_embed(torch.linspace(-2, 2, 3 * 60 * 60).view(1, 3, 60, 60).sin()))
-        results.append([output, *torch.autograd.grad(output.square().sum(), list(swin.layers.parameters()))])
-    for ours, plain in zip(*results):
-        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 fakes no CUDA tensors without a driver")
@@ -608,14 +605,198 @@ def test_nothing_stays_on_the_cpu_when_the_model_is_on_a_gpu(name, preset, monke
             evaluate.Metrics().update(output["logits"][0] > 0, mask[0])
 
 
-@pytest.mark.parametrize("overrides", [dict(image_size=62), dict(image_size=8), dict(ratio=0.0), dict(ratio=1.5),
-                                       dict(bert={"hidden_size": 8, "vocab_size": 9, "_attn_implementation": "x"})])
-def test_impossible_configs_are_refused(overrides):
-    with pytest.raises(ValueError, match="must|names _attn_implementation"):
-        VEGA(VEGAConfig.tiny(**overrides))
+def microsoft(weights: dict) -> dict:
+    """timm's Swin-B state dict -> the layout of Microsoft's swin_base_patch4_window12_384_22k.pth."""
+    renamed = {}
+    for name, value in weights.items():
+        name = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
+        renamed[name.replace("head.fc.", "head.")] = value
+    for stage, depth in enumerate((2, 2, 18, 2)):
+        for block in range(depth):
+            renamed[f"layers.{stage}.blocks.{block}.attn.relative_position_index"] = torch.zeros(
+                144, 144, dtype=torch.int64
+            )
+            if block % 2 and stage < 3:
+                renamed[f"layers.{stage}.blocks.{block}.attn_mask"] = torch.zeros(4, 144, 144)
+    return {"model": renamed}
 
 
-# Data.py
+def test_swin_weights_load_from_every_format_or_not_at_all(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    full = timm.create_model("swin_base_patch4_window12_384", num_classes=21841).eval()
+    weights = full.state_dict()
+    assert "head.fc.weight" in weights and "layers.3.downsample.norm.weight" in weights
+    safetensors.torch.save_file(weights, tmp_path / "timm.safetensors")
+    torch.save(weights, tmp_path / "timm.pth")
+    torch.save(microsoft(weights), tmp_path / "microsoft.pth")
+    with torch.no_grad():
+        image = torch.randn(1, 3, 384, 384)
+        wanted = full.layers(full.patch_embed(image))  # 384 is tiled by windows of 12: timm's own order is right there
+    config = VEGAConfig.base(image_size=384, bert=dict(vocab_size=10, hidden_size=8))
+    for file in ("timm.safetensors", "timm.pth", "microsoft.pth"):
+        swin = VisionEncoder(config).swin.eval()
+        said = model_module.load_swin(swin, str(tmp_path / file), 12)
+        assert file in said and "norm and head" in said
+        with torch.no_grad():
+            torch.testing.assert_close(swin.layers(swin.patch_embed(image)), wanted, rtol=1e-5, atol=1e-5)
+
+    real = timm.create_model  # by name, as by default, but for the download
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "timm.safetensors")}}
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: real(*a, **k, **overlay if k.get("pretrained") else {}))
+    swin = VisionEncoder(config).swin.eval()
+    model_module.load_swin(swin, model_module.PRETRAINED_SWIN, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(swin.layers(swin.patch_embed(image)), wanted, rtol=1e-5, atol=1e-5)
+
+    whole = (tmp_path / "timm.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "timm.pth").read_bytes()[:100_000_000])
+    torch.save(timm.create_model("swin_tiny_patch4_window7_224").state_dict(), tmp_path / "tiny.pth")
+    torch.save({k: v for k, v in weights.items() if k != "layers.2.blocks.7.mlp.fc1.weight"}, tmp_path / "missing.pth")
+    torch.save({"model": Hostile(tmp_path / "ran")}, tmp_path / "hostile.pth")
+    name = "layers.2.blocks.7.mlp.fc1.bias"
+    torch.save({**weights, name: weights[name] / 0}, tmp_path / "nan.pth")
+    before = {name: value.clone() for name, value in swin.state_dict().items()}
+    for file, message in (
+        ("cut.safetensors", "no Swin weights from"), ("cut.pth", "no Swin weights from"), ("tiny.pth", "another Swin"),
+        ("missing.pth", "layers.2.blocks.7.mlp.fc1.weight is missing"), ("absent.pth", "no Swin weights from"),
+        ("hostile.pth", "no Swin weights from"), ("nan.pth", "7.mlp.fc1.bias has values that are not finite"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model_module.load_swin(swin, str(tmp_path / file), 12)
+    assert all(torch.equal(value, before[name]) for name, value in swin.state_dict().items())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bert_loads_from_a_folder_of_any_size(small, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64
+    )
+    bert = transformers.BertModel(config)
+    bert.save_pretrained(tmp_path / "bert")
+    data.make_tokenizer(["red blue left circle square"]).save_pretrained(tmp_path / "bert")
+    command = [
+        "--data", str(small), "--max-steps", "1", "--batch-size", "4", "--lr", "0", "--bert", str(tmp_path / "bert"),
+    ]  # fmt: skip
+    train.main([*command, "--out", str(tmp_path / "run")])
+    model, tokenizer = restore(read_checkpoint(tmp_path / "run" / "best.pt"), torch.device("cpu"))
+    for name, value in model.bert.state_dict().items():
+        assert torch.equal(value, bert.state_dict()[name]), name
+    assert (
+        len(tokenizer) == 10
+        and tokenizer("red circle")["input_ids"]
+        == data.make_tokenizer(["red blue left circle square"])("red circle")["input_ids"]
+    )
+    for file in ("vocab.txt", "tokenizer.json"):
+        (tmp_path / "bert" / file).rename(tmp_path / file) if (tmp_path / "bert" / file).exists() else None
+    with pytest.raises(SystemExit, match="BERT"):
+        train.main([*command, "--out", str(tmp_path / "other")])
+    for file in ("vocab.txt", "tokenizer.json"):
+        (tmp_path / file).rename(tmp_path / "bert" / file) if (tmp_path / file).exists() else None
+    weights = safetensors.torch.load_file(tmp_path / "bert" / "model.safetensors")
+    weights.pop("encoder.layer.1.output.dense.weight")
+    safetensors.torch.save_file(weights, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="encoder.layer.1.output.dense.weight"):
+        train.main([*command, "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_cuts_a_text_as_its_tokenizer_did(small, tmp_path):
+    """A BERT that minds capitals, drops accents and leaves Chinese characters together; and our own, which does not."""
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] Red cafe \u4e2d\u6587 red".split()
+    rules = dict(do_lower_case=False, strip_accents=True, tokenize_chinese_chars=False)
+    transformers.BertTokenizer({word: i for i, word in enumerate(words)}, **rules).save_pretrained(tmp_path / "bert")
+    sizes = dict(vocab_size=9, hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=64)
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    command = ["--data", str(small), "--max-steps", "1", "--batch-size", "4", "--set", "image_size=64"]
+    train.main([*command, "--bert", str(tmp_path / "bert"), "--out", str(tmp_path / "run")])
+    _, tokenizer = restore(read_checkpoint(tmp_path / "run" / "last.pt"), torch.device("cpu"))
+    assert tokenizer("Red caf\u00e9 \u4e2d\u6587 red")["input_ids"] == [2, 5, 6, 7, 8, 3]
+    ours = data.make_tokenizer(["red cup"])
+    assert ours("RED Cup")["input_ids"] == ours("red cup")["input_ids"] and 1 not in ours("RED Cup")["input_ids"]
+
+
+def test_a_disk_that_fails_is_not_told_as_a_broken_checkpoint(trained, tmp_path, monkeypatch):
+    """Or a person would delete a good one."""
+    with pytest.raises(OSError, match="Input/output error"):
+        read_checkpoint("/proc/self/mem")  # which can be opened, and not read from its start
+    (best,) = (trained / "runs").glob("*/best.pt")
+    for error in (PermissionError(13, "denied"), MemoryError("full"), RuntimeError("you tried to allocate 8 bytes")):
+        def fails(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(torch, "load", fails)
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            read_checkpoint(best)
+
+
+def test_a_hostile_checkpoint_is_refused_and_nothing_runs(tmp_path):
+    torch.save({"format": 1, "model": Hostile(tmp_path / "ran")}, tmp_path / "best.pt")
+    with pytest.raises(SystemExit, match="can't be read as a checkpoint"):
+        evaluate.main(["--checkpoint", str(tmp_path / "best.pt")])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_broken_checkpoint_is_refused(trained, tmp_path):
+    (best,) = (trained / "runs").glob("*/best.pt")
+    for value, message in (
+        (torch.full((1, 32), math.nan), "head.weight has values that are not finite"),
+        ([0.0], "head.weight is missing"),
+    ):
+        checkpoint = read_checkpoint(best)
+        checkpoint["model"]["decoder.head.weight"] = value
+        torch.save(checkpoint, tmp_path / "best.pt")
+        with pytest.raises(data.InputError, match=message):
+            evaluate.load(tmp_path / "best.pt")
+    torch.save({**read_checkpoint(best), "format": 99}, tmp_path / "best.pt")
+    with pytest.raises(data.InputError, match="or of another version of it"):
+        evaluate.load(tmp_path / "best.pt")
+    (tmp_path / "best.pt").write_bytes(best.read_bytes()[:100_000])
+    with pytest.raises(data.InputError, match="was cut short"):
+        evaluate.load(tmp_path / "best.pt")
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    for module, name in ((os, "fsync"), (Path, "replace")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    model_module.save_checkpoint(tmp_path / "last.pt", {"step": 1})
+    assert calls == ["fsync", "replace"] and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(small, tmp_path):
+    out = tmp_path / "run"
+    train.main([*RUN, "--data", str(small), "--max-steps", "2", "--out", str(out)])
+    before = (out / "last.pt").read_bytes()
+    (out / "last.pt.part").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="can't write .*last.pt .* any from before is whole. Make room, then --resume"):
+        train.main(["--resume", "--resume-anyway", "--max-steps", "4", "--out", str(out), "--data", str(small)])
+    assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.part").exists()
+    assert read_checkpoint(out / "last.pt")["step"] == 2
+
+
+def test_a_model_of_words_learns_new_ones_and_one_of_berts_keeps_its_own(trained, tmp_path, monkeypatch, capsys):
+    (best,) = (trained / "runs").glob("*/best.pt")
+    write_own(tmp_path / "mugs", [OWN, {**OWN, "split": "val"}])
+    monkeypatch.chdir(tmp_path)
+    command = ["--dataset", "mugs", "--model", "tiny", "--batch-size", "1", "--max-steps", "1", "--lr", "0"]
+    train.main([*command, "--init", str(best), "--out", "a"])
+    assert f"1 words of the training expressions are new to {best}" in capsys.readouterr().out
+    before, after = read_checkpoint(best), read_checkpoint("a/last.pt")
+    known, table = before["tokenizer"]["vocab"], "bert.embeddings.word_embeddings.weight"
+    assert after["tokenizer"]["vocab"] == {**known, "mug": len(known)}
+    assert torch.equal(after["model"].pop(table)[:-1], before["model"].pop(table))
+    assert all(torch.equal(value, after["model"][name]) for name, value in before["model"].items())
+    pieces = read_checkpoint(best)
+    pieces["tokenizer"]["vocab"] = {f"##{word}" if word == "star" else word: i for word, i in known.items()}
+    torch.save(pieces, "pieces.pt")
+    train.main([*command, "--init", "pieces.pt", "--out", "b"])
+    assert read_checkpoint("b/last.pt")["tokenizer"]["vocab"] == pieces["tokenizer"]["vocab"]
+
+
+# data.py
 
 
 def random_polygon(rng) -> list[float]:
@@ -697,127 +878,6 @@ def test_a_wrong_rle_is_refused():
     ):
         with pytest.raises(data.InputError, match="can't be drawn"):
             data.rasterize(polygons, 3, 4)
-
-
-def test_shapes_are_what_the_design_asks_for(tmp_path):
-    """From the files alone: annotations' attributes and polygons against what the sentences say."""
-    data.RefDataset("shapes", "val", tmp_path)  # writes the dataset, as the first training run does
-    folder = tmp_path / "shapes"
-    instances = json.loads((folder / "instances.json").read_text())
-    refs = pickle.loads((folder / "refs(shapes).p").read_bytes())
-    scenes = collections.defaultdict(list)
-    for annotation in instances["annotations"]:
-        (polygon,) = annotation["segmentation"]
-        x, y = np.array(polygon).reshape(-1, 2).T
-        cross = x * np.roll(y, -1) - np.roll(x, -1) * y
-        area = cross.sum() / 2
-        center = ((x + np.roll(x, -1)) * cross).sum() / (6 * area), ((y + np.roll(y, -1)) * cross).sum() / (6 * area)
-        scenes[annotation["image_id"]].append(
-            {**annotation["attributes"], "id": annotation["id"], "center": center, "area": abs(area)}
-        )
-
-    attributes = {key: {o[key] for scene in scenes.values() for o in scene} for key in ("shape", "color", "size")}
-    assert len(attributes["shape"]) >= 4 and len(attributes["color"]) >= 6 and attributes["size"] == {"small", "large"}
-    assert {len(scene) for scene in scenes.values()} == {3, 4, 5, 6}
-    areas = {
-        size: [o["area"] for scene in scenes.values() for o in scene if o["size"] == size]
-        for size in ("small", "large")
-    }
-    assert min(areas["large"]) > 1.5 * max(areas["small"])
-
-    def named(scene, phrase):  # objects that fit "large red circle", "red thing", ..
-        words = [word for word in phrase.split() if word not in ("the", "thing")]
-        assert words and all(any(word in values for values in attributes.values()) for word in words), phrase
-        return [o for o in scene if all(word in o.values() for word in words)]
-
-    axes = {
-        "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "above": (0, -1), "over": (0, -1), "below":
-        (0, 1), "under": (0, 1),
-    }  # fmt: skip
-    relation = re.compile(r"(.+?) (?:to the )?(left of|right of|above|over|below|under) the (.+)")
-    place = re.compile(r"(?:(left|right|top|bottom) )?(.+?)(?: (?:on|at) the (left|right|top|bottom))?")
-    margin = 10  # pixels of 128
-
-    def along(o, word):
-        return np.dot(o["center"], axes[word])
-
-    kinds = collections.defaultdict(collections.Counter)
-    targets = {ref["ann_id"]: ref for ref in refs}
-    assert len(targets) == len(refs)
-    for ref in refs:
-        scene = scenes[ref["image_id"]]
-        (target,) = [o for o in scene if o["id"] == ref["ann_id"]]
-        for sentence in (s["raw"] for s in ref["sentences"]):
-            if match := relation.fullmatch(sentence):
-                phrase, word, landmark_phrase = match[1], match[2].split()[0], match[3]
-                (landmark,) = named(scene, landmark_phrase)
-                fits = [o for o in named(scene, phrase) if o is not landmark and along(o, word) > along(landmark, word)]
-                assert len(named(scene, phrase)) > 1 and along(target, word) - along(landmark, word) >= margin, sentence
-                kind = "relation"
-            elif (match := place.fullmatch(sentence)) and (match[1] or match[3]):
-                word = match[1] or match[3]
-                ranked = sorted(named(scene, match[2]), key=lambda o: -along(o, word))
-                assert len(ranked) > 1 and along(ranked[0], word) - along(ranked[1], word) >= margin, sentence
-                fits, kind = ranked[:1], "place"
-            else:
-                fits, kind = named(scene, sentence), "attribute"
-            assert fits == [target], sentence  # true of the target and of nothing else
-            kinds[ref["split"]][kind] += 1
-
-    for split in ("train", "val"):
-        assert set(kinds[split].values()) == {sum(kinds[split].values()) // 3}  # equal thirds
-    assert set(kinds["testA"]) == {"attribute"} and set(kinds["testB"]) == {"place", "relation"}
-    image_area = instances["images"][0]["height"] * instances["images"][0]["width"]
-    picked = [(o, scene) for scene in scenes.values() for o in scene if o["id"] in targets]
-    assert np.median([o["area"] for o, _ in picked]) / image_area <= 0.04
-    rivals = [
-        any(p is not o and (p["shape"] == o["shape"] or p["color"] == o["color"]) for p in scene) for o, scene in picked
-    ]
-    assert np.mean(rivals) >= 2 / 3
-
-    splits = collections.defaultdict(set)
-    for ref in refs:
-        splits[ref["split"]].add(ref["image_id"])
-    assert sum(map(len, splits.values())) == len(instances["images"])  # no image in two splits
-    content = {tuple((o["shape"], o["color"], o["size"], o["center"]) for o in scene) for scene in scenes.values()}
-    assert len(content) == len(scenes)  # no scene twice
-    pixels = np.asarray(Image.open(folder / "images" / instances["images"][0]["file_name"]).convert("RGB"), dtype=float)
-    assert np.abs(np.diff(pixels[:8, :8], axis=1)).mean() > 3  # noise
-
-
-def test_shapes_are_the_same_to_the_byte(small, tmp_path):
-    data.generate_shapes(tmp_path / "shapes", scenes=SMALL)
-    files = [path.relative_to(small) for path in small.rglob("*") if path.is_file()]
-    assert len(files) > 20
-    assert filecmp.cmpfiles(small, tmp_path, files, shallow=False) == (files, [], [])
-
-
-def test_training_sentences_depend_on_seed_epoch_and_object_alone(small):
-    dataset = tokenized("shapes", "train", small, training=True, seed=3)
-    drawn = [[dataset[(epoch, i)]["index"] for i in range(len(dataset))] for epoch in (0, 1, 0)]
-    assert drawn[0] == drawn[2] != drawn[1]
-    assert all(index // 2 == i for i, index in enumerate(drawn[0]))  # two sentences an object
-    sampler = lambda rank, world: list(train.training_batches(len(dataset), 8, 0, 9, 3, rank, world))
-    whole = sampler(0, 1)
-    assert whole == [a + b for a, b in zip(sampler(0, 2), sampler(1, 2))]
-    epoch = [number for batch in whole[: len(dataset) // 8] for _, number in batch]
-    assert len(set(epoch)) == len(epoch) and {e for e, _ in whole[0]} == {0} and {e for e, _ in whole[8]} == {1}
-    assert list(train.training_batches(len(dataset), 8, 5, 9, 3)) == whole[5:]
-
-
-def test_shuffled_expressions_come_from_another_image(small):
-    dataset = tokenized("shapes", "val", small)
-    before = list(dataset.sentences)
-    image_of = lambda number: dataset.objects[number].image_id
-    owners = collections.defaultdict(set)
-    for number, expression in before:
-        owners[expression].add(image_of(number))
-    evaluate.shuffle_expressions(dataset)
-    assert sorted(e for _, e in dataset.sentences) == sorted(e for _, e in before)
-    for number, expression in dataset.sentences:
-        assert owners[expression] != {image_of(number)}
-    encoded = data.tokenize(data.make_tokenizer([e for _, e in before]), dataset.expressions, 21)
-    assert all(torch.equal(encoded[name], values) for name, values in dataset.tokens.items())
 
 
 class Hostile:
@@ -1043,7 +1103,11 @@ def test_broken_data_is_told_in_one_line(break_it, message, workers, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-# One's own data
+def test_missing_data_is_told_in_a_few_lines(tmp_path):
+    done = run(HERE / "train.py", "--dataset", "refcoco", cwd=tmp_path)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "instances.json is missing" in done.stderr and "README" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def write_own(folder: Path, refs: list, images=("desk.jpg", "shelf.jpg"), entries=None) -> Path:
@@ -1088,7 +1152,7 @@ def test_the_readmes_own_data_runs_as_it_is_printed(tmp_path, monkeypatch):
     assert (item.height, item.width, item.ref_id, item.sent_ids) == (100, 120, 1, [2, 3])
 
 
-def test_rrsis_d_in_miniature(tmp_path, monkeypatch):
+def test_a_miniature_rrsis_d_trains_and_evaluates(tmp_path, monkeypatch):
     """Its layout: a pickle, images two folders down, each segmentation a list with one RLE; three splits."""
     coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed; pip install pycocotools")
     folder = write_own(tmp_path / "rrsisd", [], [f"rrsisd/JPEGImages/{i:05d}.jpg" for i in range(3)])
@@ -1110,7 +1174,7 @@ def test_rrsis_d_in_miniature(tmp_path, monkeypatch):
     assert np.array_equal(data.RefDataset(str(folder), "test").mask(0), mask)
 
 
-def test_refcoco_m_in_miniature(tmp_path, monkeypatch):
+def test_a_miniature_refcoco_m_trains_and_evaluates(tmp_path, monkeypatch):
     """Its kind of mask: one RLE a target. A second refs file beside it; the images are elsewhere."""
     rle = {"size": [100, 120], "counts": [500, 700, 10_800]}
     refs = [{"ann_id": i, "image_id": i, "split": split, "sentences": ["red mug"]} for i, split in enumerate(["train", "val"])]  # fmt: skip
@@ -1146,14 +1210,6 @@ def test_an_image_lies_as_deep_as_its_name_says(tmp_path):
     dataset = data.RefDataset(str(folder), "train")
     assert [dataset.object(i).file_name for i in range(2)] == ["shelf.jpg", "a/b/desk.jpg"]  # as instances.json has them
     assert dataset.image(1).size == (120, 100)
-
-
-def test_shapes_are_a_folder_like_any_other(small, tmp_path):
-    logs = []
-    for name, flags in (("known", []), ("folder", ["--dataset", str(small / "shapes"), "--model", "tiny"])):
-        train.main(["--data", str(small), *RUN, "--max-steps", "4", "--out", str(tmp_path / name), *flags])
-        logs.append(log_of(tmp_path / name))
-    assert logs[0] == logs[1]
 
 
 OWN = {"image_id": "desk.jpg", "split": "train", "sentences": ["red mug"], "segmentation": [[20, 30, 60, 30, 60, 80]]}
@@ -1204,26 +1260,7 @@ def test_a_wrong_folder_is_told_in_one_line(break_it, message, tmp_path, monkeyp
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_model_of_words_learns_new_ones_and_one_of_berts_keeps_its_own(trained, tmp_path, monkeypatch, capsys):
-    (best,) = (trained / "runs").glob("*/best.pt")
-    write_own(tmp_path / "mugs", [OWN, {**OWN, "split": "val"}])
-    monkeypatch.chdir(tmp_path)
-    command = ["--dataset", "mugs", "--model", "tiny", "--batch-size", "1", "--max-steps", "1", "--lr", "0"]
-    train.main([*command, "--init", str(best), "--out", "a"])
-    assert f"1 words of the training expressions are new to {best}" in capsys.readouterr().out
-    before, after = read_checkpoint(best), read_checkpoint("a/last.pt")
-    known, table = before["tokenizer"]["vocab"], "bert.embeddings.word_embeddings.weight"
-    assert after["tokenizer"]["vocab"] == {**known, "mug": len(known)}
-    assert torch.equal(after["model"].pop(table)[:-1], before["model"].pop(table))
-    assert all(torch.equal(value, after["model"][name]) for name, value in before["model"].items())
-    pieces = read_checkpoint(best)
-    pieces["tokenizer"]["vocab"] = {f"##{word}" if word == "star" else word: i for word, i in known.items()}
-    torch.save(pieces, "pieces.pt")
-    train.main([*command, "--init", "pieces.pt", "--out", "b"])
-    assert read_checkpoint("b/last.pt")["tokenizer"]["vocab"] == pieces["tokenizer"]["vocab"]
-
-
-def test_splits_and_image_names(tmp_path):
+def test_a_split_holds_its_own_objects_sentences_and_masks(tmp_path):
     folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
     with pytest.raises(data.InputError, match="testC.*train, val, testA, testB"):
         data.RefDataset("refcoco", "testC", folder)
@@ -1254,6 +1291,19 @@ def test_a_blank_sentence_counts(tmp_path):
     assert len(dataset) == 16 and dataset[0]["attention_mask"].sum() == 2  # [CLS] and [SEP]
 
 
+def test_training_sentences_depend_on_seed_epoch_and_object_alone(small):
+    dataset = tokenized("shapes", "train", small, training=True, seed=3)
+    drawn = [[dataset[(epoch, i)]["index"] for i in range(len(dataset))] for epoch in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert all(index // 2 == i for i, index in enumerate(drawn[0]))  # two sentences an object
+    sampler = lambda rank, world: list(train.training_batches(len(dataset), 8, 0, 9, 3, rank, world))
+    whole = sampler(0, 1)
+    assert whole == [a + b for a, b in zip(sampler(0, 2), sampler(1, 2))]
+    epoch = [number for batch in whole[: len(dataset) // 8] for _, number in batch]
+    assert len(set(epoch)) == len(epoch) and {e for e, _ in whole[0]} == {0} and {e for e, _ in whole[8]} == {1}
+    assert list(train.training_batches(len(dataset), 8, 5, 9, 3)) == whole[5:]
+
+
 def test_evaluation_decodes_an_image_once(tmp_path, monkeypatch):
     folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
     dataset = tokenized("refcoco", "val", folder, image_size=32)
@@ -1268,189 +1318,110 @@ def test_evaluation_decodes_an_image_once(tmp_path, monkeypatch):
     assert {len(batch) for batch in batches} == {4}  # four sentences an image: none is split
 
 
-class LeftQuarter(torch.nn.Module):
-    """Says +1 in the first of four columns and -1 elsewhere."""
-
-    def forward(self, image, input_ids, attention_mask):
-        logits = -torch.ones(len(image), 4, 4)
-        logits[:, :, 0] = 1
-        return {"logits": logits, "tokens": input_ids[..., None].float(), "selection": Selection(None, None, None, None)}
-
-
-def test_the_two_resolutions_differ_by_a_known_amount(tmp_path):
-    """The target is the first 3 of 8 columns. Nearest to 4 columns keeps the 1st of columns 1, 3, 5, 7: IoU 1. At the
-    original size the logits 1, -1 become 1, 0.5, -0.5, -1 by bilinear resizing: two columns of three."""
-    folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2, size=(8, 4), scenes=1)
-    file = folder / "refcoco" / "instances.json"
-    instances = json.loads(file.read_text())
+def test_shapes_are_what_the_design_asks_for(tmp_path):
+    """From the files alone: annotations' attributes and polygons against what the sentences say."""
+    data.RefDataset("shapes", "val", tmp_path)  # writes the dataset, as the first training run does
+    folder = tmp_path / "shapes"
+    instances = json.loads((folder / "instances.json").read_text())
+    refs = pickle.loads((folder / "refs(shapes).p").read_bytes())
+    scenes = collections.defaultdict(list)
     for annotation in instances["annotations"]:
-        annotation["segmentation"] = [[0, 0, 3, 0, 3, 4, 0, 4]]
-    file.write_text(json.dumps(instances))
-    dataset = tokenized("refcoco", "val", folder, image_size=4)
-    scores = {
-        resolution: evaluate.evaluate(LeftQuarter(), dataset, torch.device("cpu"), resolution=resolution).compute()[
-            "mIoU"
-        ]
-        for resolution in ("input", "original")
+        (polygon,) = annotation["segmentation"]
+        x, y = np.array(polygon).reshape(-1, 2).T
+        cross = x * np.roll(y, -1) - np.roll(x, -1) * y
+        area = cross.sum() / 2
+        center = ((x + np.roll(x, -1)) * cross).sum() / (6 * area), ((y + np.roll(y, -1)) * cross).sum() / (6 * area)
+        scenes[annotation["image_id"]].append(
+            {**annotation["attributes"], "id": annotation["id"], "center": center, "area": abs(area)}
+        )
+
+    attributes = {key: {o[key] for scene in scenes.values() for o in scene} for key in ("shape", "color", "size")}
+    assert len(attributes["shape"]) >= 4 and len(attributes["color"]) >= 6 and attributes["size"] == {"small", "large"}
+    assert {len(scene) for scene in scenes.values()} == {3, 4, 5, 6}
+    areas = {
+        size: [o["area"] for scene in scenes.values() for o in scene if o["size"] == size]
+        for size in ("small", "large")
     }
-    assert scores == pytest.approx({"input": 100, "original": 200 / 3})
+    assert min(areas["large"]) > 1.5 * max(areas["small"])
+
+    def named(scene, phrase):  # objects that fit "large red circle", "red thing", ..
+        words = [word for word in phrase.split() if word not in ("the", "thing")]
+        assert words and all(any(word in values for values in attributes.values()) for word in words), phrase
+        return [o for o in scene if all(word in o.values() for word in words)]
+
+    axes = {
+        "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "above": (0, -1), "over": (0, -1), "below":
+        (0, 1), "under": (0, 1),
+    }  # fmt: skip
+    relation = re.compile(r"(.+?) (?:to the )?(left of|right of|above|over|below|under) the (.+)")
+    place = re.compile(r"(?:(left|right|top|bottom) )?(.+?)(?: (?:on|at) the (left|right|top|bottom))?")
+    margin = 10  # pixels of 128
+
+    def along(o, word):
+        return np.dot(o["center"], axes[word])
+
+    kinds = collections.defaultdict(collections.Counter)
+    targets = {ref["ann_id"]: ref for ref in refs}
+    assert len(targets) == len(refs)
+    for ref in refs:
+        scene = scenes[ref["image_id"]]
+        (target,) = [o for o in scene if o["id"] == ref["ann_id"]]
+        for sentence in (s["raw"] for s in ref["sentences"]):
+            if match := relation.fullmatch(sentence):
+                phrase, word, landmark_phrase = match[1], match[2].split()[0], match[3]
+                (landmark,) = named(scene, landmark_phrase)
+                fits = [o for o in named(scene, phrase) if o is not landmark and along(o, word) > along(landmark, word)]
+                assert len(named(scene, phrase)) > 1 and along(target, word) - along(landmark, word) >= margin, sentence
+                kind = "relation"
+            elif (match := place.fullmatch(sentence)) and (match[1] or match[3]):
+                word = match[1] or match[3]
+                ranked = sorted(named(scene, match[2]), key=lambda o: -along(o, word))
+                assert len(ranked) > 1 and along(ranked[0], word) - along(ranked[1], word) >= margin, sentence
+                fits, kind = ranked[:1], "place"
+            else:
+                fits, kind = named(scene, sentence), "attribute"
+            assert fits == [target], sentence  # true of the target and of nothing else
+            kinds[ref["split"]][kind] += 1
+
+    for split in ("train", "val"):
+        assert set(kinds[split].values()) == {sum(kinds[split].values()) // 3}  # equal thirds
+    assert set(kinds["testA"]) == {"attribute"} and set(kinds["testB"]) == {"place", "relation"}
+    image_area = instances["images"][0]["height"] * instances["images"][0]["width"]
+    picked = [(o, scene) for scene in scenes.values() for o in scene if o["id"] in targets]
+    assert np.median([o["area"] for o, _ in picked]) / image_area <= 0.04
+    rivals = [
+        any(p is not o and (p["shape"] == o["shape"] or p["color"] == o["color"]) for p in scene) for o, scene in picked
+    ]
+    assert np.mean(rivals) >= 2 / 3
+
+    splits = collections.defaultdict(set)
+    for ref in refs:
+        splits[ref["split"]].add(ref["image_id"])
+    assert sum(map(len, splits.values())) == len(instances["images"])  # no image in two splits
+    content = {tuple((o["shape"], o["color"], o["size"], o["center"]) for o in scene) for scene in scenes.values()}
+    assert len(content) == len(scenes)  # no scene twice
+    pixels = np.asarray(Image.open(folder / "images" / instances["images"][0]["file_name"]).convert("RGB"), dtype=float)
+    assert np.abs(np.diff(pixels[:8, :8], axis=1)).mean() > 3  # noise
 
 
-def microsoft(weights: dict) -> dict:
-    """timm's Swin-B state dict -> the layout of Microsoft's swin_base_patch4_window12_384_22k.pth."""
-    renamed = {}
-    for name, value in weights.items():
-        name = re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
-        renamed[name.replace("head.fc.", "head.")] = value
-    for stage, depth in enumerate((2, 2, 18, 2)):
-        for block in range(depth):
-            renamed[f"layers.{stage}.blocks.{block}.attn.relative_position_index"] = torch.zeros(
-                144, 144, dtype=torch.int64
-            )
-            if block % 2 and stage < 3:
-                renamed[f"layers.{stage}.blocks.{block}.attn_mask"] = torch.zeros(4, 144, 144)
-    return {"model": renamed}
+def test_shapes_are_the_same_to_the_byte(small, tmp_path):
+    data.generate_shapes(tmp_path / "shapes", scenes=SMALL)
+    files = [path.relative_to(small) for path in small.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert filecmp.cmpfiles(small, tmp_path, files, shallow=False) == (files, [], [])
 
 
-def test_swin_weights_load_from_every_format_or_not_at_all(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    full = timm.create_model("swin_base_patch4_window12_384", num_classes=21841).eval()
-    weights = full.state_dict()
-    assert "head.fc.weight" in weights and "layers.3.downsample.norm.weight" in weights
-    safetensors.torch.save_file(weights, tmp_path / "timm.safetensors")
-    torch.save(weights, tmp_path / "timm.pth")
-    torch.save(microsoft(weights), tmp_path / "microsoft.pth")
-    with torch.no_grad():
-        image = torch.randn(1, 3, 384, 384)
-        wanted = full.layers(full.patch_embed(image))  # 384 is tiled by windows of 12: timm's own order is right there
-    config = VEGAConfig.base(image_size=384, bert=dict(vocab_size=10, hidden_size=8))
-    for file in ("timm.safetensors", "timm.pth", "microsoft.pth"):
-        swin = VisionEncoder(config).swin.eval()
-        said = model_module.load_swin(swin, str(tmp_path / file), 12)
-        assert file in said and "norm and head" in said
-        with torch.no_grad():
-            torch.testing.assert_close(swin.layers(swin.patch_embed(image)), wanted, rtol=1e-5, atol=1e-5)
-
-    real = timm.create_model  # by name, as by default, but for the download
-    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "timm.safetensors")}}
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: real(*a, **k, **overlay if k.get("pretrained") else {}))
-    swin = VisionEncoder(config).swin.eval()
-    model_module.load_swin(swin, model_module.PRETRAINED_SWIN, 12)
-    with torch.no_grad():
-        torch.testing.assert_close(swin.layers(swin.patch_embed(image)), wanted, rtol=1e-5, atol=1e-5)
-
-    whole = (tmp_path / "timm.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "timm.pth").read_bytes()[:100_000_000])
-    torch.save(timm.create_model("swin_tiny_patch4_window7_224").state_dict(), tmp_path / "tiny.pth")
-    torch.save({k: v for k, v in weights.items() if k != "layers.2.blocks.7.mlp.fc1.weight"}, tmp_path / "missing.pth")
-    torch.save({"model": Hostile(tmp_path / "ran")}, tmp_path / "hostile.pth")
-    name = "layers.2.blocks.7.mlp.fc1.bias"
-    torch.save({**weights, name: weights[name] / 0}, tmp_path / "nan.pth")
-    before = {name: value.clone() for name, value in swin.state_dict().items()}
-    for file, message in (
-        ("cut.safetensors", "no Swin weights from"), ("cut.pth", "no Swin weights from"), ("tiny.pth", "another Swin"),
-        ("missing.pth", "layers.2.blocks.7.mlp.fc1.weight is missing"), ("absent.pth", "no Swin weights from"),
-        ("hostile.pth", "no Swin weights from"), ("nan.pth", "7.mlp.fc1.bias has values that are not finite"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            model_module.load_swin(swin, str(tmp_path / file), 12)
-    assert all(torch.equal(value, before[name]) for name, value in swin.state_dict().items())
-    assert not (tmp_path / "ran").exists()
-
-
-def test_bert_loads_from_a_folder_of_any_size(small, tmp_path):
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=40, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64
-    )
-    bert = transformers.BertModel(config)
-    bert.save_pretrained(tmp_path / "bert")
-    data.make_tokenizer(["red blue left circle square"]).save_pretrained(tmp_path / "bert")
-    command = [
-        "--data", str(small), "--max-steps", "1", "--batch-size", "4", "--lr", "0", "--bert", str(tmp_path / "bert"),
-    ]  # fmt: skip
-    train.main([*command, "--out", str(tmp_path / "run")])
-    model, tokenizer = restore(read_checkpoint(tmp_path / "run" / "best.pt"), torch.device("cpu"))
-    for name, value in model.bert.state_dict().items():
-        assert torch.equal(value, bert.state_dict()[name]), name
-    assert (
-        len(tokenizer) == 10
-        and tokenizer("red circle")["input_ids"]
-        == data.make_tokenizer(["red blue left circle square"])("red circle")["input_ids"]
-    )
-    for file in ("vocab.txt", "tokenizer.json"):
-        (tmp_path / "bert" / file).rename(tmp_path / file) if (tmp_path / "bert" / file).exists() else None
-    with pytest.raises(SystemExit, match="BERT"):
-        train.main([*command, "--out", str(tmp_path / "other")])
-    for file in ("vocab.txt", "tokenizer.json"):
-        (tmp_path / file).rename(tmp_path / "bert" / file) if (tmp_path / file).exists() else None
-    weights = safetensors.torch.load_file(tmp_path / "bert" / "model.safetensors")
-    weights.pop("encoder.layer.1.output.dense.weight")
-    safetensors.torch.save_file(weights, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match="encoder.layer.1.output.dense.weight"):
-        train.main([*command, "--out", str(tmp_path / "other")])
-    assert not (tmp_path / "other").exists()
-
-
-def test_a_checkpoint_cuts_a_text_as_its_tokenizer_did(small, tmp_path):
-    """A BERT that minds capitals, drops accents and leaves Chinese characters together; and our own, which does not."""
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] Red cafe \u4e2d\u6587 red".split()
-    rules = dict(do_lower_case=False, strip_accents=True, tokenize_chinese_chars=False)
-    transformers.BertTokenizer({word: i for i, word in enumerate(words)}, **rules).save_pretrained(tmp_path / "bert")
-    sizes = dict(vocab_size=9, hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=64)
-    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
-    command = ["--data", str(small), "--max-steps", "1", "--batch-size", "4", "--set", "image_size=64"]
-    train.main([*command, "--bert", str(tmp_path / "bert"), "--out", str(tmp_path / "run")])
-    _, tokenizer = restore(read_checkpoint(tmp_path / "run" / "last.pt"), torch.device("cpu"))
-    assert tokenizer("Red caf\u00e9 \u4e2d\u6587 red")["input_ids"] == [2, 5, 6, 7, 8, 3]
-    ours = data.make_tokenizer(["red cup"])
-    assert ours("RED Cup")["input_ids"] == ours("red cup")["input_ids"] and 1 not in ours("RED Cup")["input_ids"]
-
-
-def test_a_disk_that_fails_is_not_told_as_a_broken_checkpoint(trained, tmp_path, monkeypatch):
-    """Or a person would delete a good one."""
-    with pytest.raises(OSError, match="Input/output error"):
-        read_checkpoint("/proc/self/mem")  # which can be opened, and not read from its start
-    (best,) = (trained / "runs").glob("*/best.pt")
-    for error in (PermissionError(13, "denied"), MemoryError("full"), RuntimeError("you tried to allocate 8 bytes")):
-        def fails(*args, error=error, **kwargs):
-            raise error
-
-        monkeypatch.setattr(torch, "load", fails)
-        with pytest.raises(type(error), match=re.escape(str(error))):
-            read_checkpoint(best)
-
-
-def test_a_hostile_checkpoint_is_refused_and_nothing_runs(tmp_path):
-    torch.save({"format": 1, "model": Hostile(tmp_path / "ran")}, tmp_path / "best.pt")
-    with pytest.raises(SystemExit, match="can't be read as a checkpoint"):
-        evaluate.main(["--checkpoint", str(tmp_path / "best.pt")])
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_broken_checkpoint_is_refused(trained, tmp_path):
-    (best,) = (trained / "runs").glob("*/best.pt")
-    for value, message in (
-        (torch.full((1, 32), math.nan), "head.weight has values that are not finite"),
-        ([0.0], "head.weight is missing"),
-    ):
-        checkpoint = read_checkpoint(best)
-        checkpoint["model"]["decoder.head.weight"] = value
-        torch.save(checkpoint, tmp_path / "best.pt")
-        with pytest.raises(data.InputError, match=message):
-            evaluate.load(tmp_path / "best.pt")
-    torch.save({**read_checkpoint(best), "format": 99}, tmp_path / "best.pt")
-    with pytest.raises(data.InputError, match="or of another version of it"):
-        evaluate.load(tmp_path / "best.pt")
-    (tmp_path / "best.pt").write_bytes(best.read_bytes()[:100_000])
-    with pytest.raises(data.InputError, match="was cut short"):
-        evaluate.load(tmp_path / "best.pt")
+def test_shapes_are_a_folder_like_any_other(small, tmp_path):
+    logs = []
+    for name, flags in (("known", []), ("folder", ["--dataset", str(small / "shapes"), "--model", "tiny"])):
+        train.main(["--data", str(small), *RUN, "--max-steps", "4", "--out", str(tmp_path / name), *flags])
+        logs.append(log_of(tmp_path / name))
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.slow
-def test_scale(tmp_path, capsys):
-    """20,000 images, 50,000 objects, 142,000 sentences. `pytest -m slow -k scale -s` prints the figures of the README."""
+def test_a_dataset_of_refcocos_size_fits_in_memory(tmp_path, capsys):
+    """20,000 images, 50,000 objects, 142,000 sentences. `pytest -m slow -k fits_in_memory -s` prints the figures of the README."""
     rng, splits = np.random.default_rng(0), ("train",) * 17 + ("val", "testA", "testB")
     folder = tmp_path / "images" / "train2014"
     folder.mkdir(parents=True)
@@ -1506,94 +1477,7 @@ def test_scale(tmp_path, capsys):
     assert figures["seconds to index"] <= 12 * figures["seconds of json.loads"]  # a ratio: machines differ
 
 
-SCALE = """
-import json, sys, time
-import torch
-import data, evaluate, train as training
-
-def proportional(pid):  # MB of a process, shared pages counted in parts
-    return sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")) / 1024
-
-torch.set_num_threads(1)
-started = time.perf_counter()
-json.loads(open(f"{sys.argv[1]}/refcoco/instances.json", "rb").read())
-loads = time.perf_counter() - started
-before, started = proportional("self"), time.perf_counter()
-tokenizer = data.make_tokenizer(["the thing number on the left"])
-train, val = (data.RefDataset("refcoco", split, sys.argv[1], tokenizer=tokenizer, training=split == "train") for split in ("train", "val"))
-seconds = time.perf_counter() - started
-loader = lambda workers, steps: data.load_batches(train, training.training_batches(len(train), 16, 0, steps, 0), workers, torch.device("cpu"))
-batches = loader(4, 200)
-for _ in range(60):
-    next(batches)
-memory = proportional("self") + sum(proportional(worker.pid) for worker in batches._workers) - before
-del batches
-batches = loader(1, 40)
-next(batches)
-started = time.perf_counter()
-for _ in range(30):
-    next(batches)
-speed = 30 * 16 / (time.perf_counter() - started)
-print(json.dumps({"seconds to index": round(seconds, 1), "seconds of json.loads": round(loads, 2), "MB with 4 workers": round(memory), "samples/s of one worker": round(speed)}))
-"""
-
-
-# Evaluate.py
-
-
-def test_metrics_worked_by_hand():
-    prediction, target = torch.zeros(5, 4, 5, dtype=torch.bool), torch.zeros(5, 4, 5, dtype=torch.bool)
-    prediction[0, :2], target[0, :2] = True, True  # 10 of 10: IoU 1
-    prediction[1, 0, :4], target[1, 0] = True, True  # 4 of 5: 0.8
-    prediction[2, 0, :], target[2, :2] = True, True  # 5 of 10: 0.5
-    target[3, 0, 0] = True  # nothing predicted, 0 of 1: 0
-    # nothing predicted and nothing there: the union is empty, 0
-    metrics = evaluate.Metrics()
-    for one, other in zip(prediction, target):
-        metrics.update(one, other)
-    scores = metrics.compute()
-    expected = {"P@0.5": 60, "P@0.6": 40, "P@0.7": 40, "P@0.8": 40, "P@0.9": 20}
-    expected |= {"mIoU": 100 * (1 + 0.8 + 0.5) / 5, "oIoU": 100 * 19 / 26, "samples": 5}
-    assert scores == pytest.approx(expected)
-    with pytest.raises(ValueError, match="not the masks of one sample"):
-        metrics.update(prediction, target)
-
-
-def test_word_measures_worked_by_hand():
-    """Two sentences, [CLS] a b [SEP] and [CLS] c [SEP] and padding; four pixels, of which each token selects two."""
-    x, y = [1.0, 0.0], [0.0, 2.0]
-    tokens = torch.tensor([[x, y, x, y], [x, x, [3.0, 0.0], [-9.0, 5.0]]])  # cosines 0 1 0 0 1 0; 1 1 1
-    M = torch.tensor([[[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0]], [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]])  # fmt: skip
-    output = {"tokens": tokens, "selection": Selection(None, None, None, M.float())}
-    attention_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    first, second = evaluate.word_measures(output, attention_mask)
-    assert first == pytest.approx({"token cosine": 2 / 6, "pixels shared with CLS": (50 + 0) / 2})
-    assert second == pytest.approx({"token cosine": 1, "pixels shared with CLS": 100})
-    metrics = evaluate.Metrics()
-    for index, measures in enumerate([first, second]):
-        metrics.update(torch.ones(1, 1) > 0, torch.ones(1, 1) > 0, index, measures)
-    assert metrics.compute()["pixels shared with CLS"] == pytest.approx(62.5)
-
-
-def test_training_tells_how_long_it_takes(small, tmp_path, monkeypatch, capsys):
-    """A clock that gives each step 16 seconds: lines after 2, 4, 6, .. of 40 steps, with the minutes that are left."""
-    clock = iter(range(10**6))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: 8.0 * next(clock))  # asked twice a step
-    train.main([*RUN, "--data", str(small), "--max-steps", "40", "--validate-every", "40", "--out", str(tmp_path / "run")])
-    lines = re.findall(r"step (\d+) of 40: loss \d\.\d+, (\d+) minutes left", capsys.readouterr().out)
-    assert len(lines) > 10 and int(lines[0][0]) <= 3
-    for step, left in lines:
-        assert abs(int(left) - (40 - int(step)) * 16 / 60) <= 3
-
-
-def test_slow_bf16_is_told(monkeypatch, capsys):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False)
-    assert evaluate.resolve_precision("bf16", torch.device("cpu")) == "bf16"
-    assert "many times slower in bf16" in capsys.readouterr().out
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    evaluate.resolve_precision("bf16", torch.device("cpu")), evaluate.resolve_precision("fp32", torch.device("cpu"))
-    assert not capsys.readouterr().out
+# train.py
 
 
 @pytest.fixture(scope="session")
@@ -1627,104 +1511,6 @@ def test_training_leaves_what_the_readme_says(trained):
     assert Image.open(out / "pictures-val.png").width > 500
 
 
-def test_evaluate_prints_the_row_that_training_printed(trained, small):
-    done = run(HERE / "evaluate.py", "--split", "testB", "--data", small, cwd=trained)
-    assert done.returncode == 0, done.stderr
-    (row,) = [line for line in done.stdout.splitlines() if " testB " in line]
-    assert row in (trained / "printed").read_text().splitlines()
-
-
-class Fixed(torch.nn.Module):
-    """Stands for a model: its logits are -1, and +1 in the first column of the second expression of a photograph."""
-
-    config = VEGAConfig.tiny()
-
-    def forward(self, image, input_ids, attention_mask):
-        logits = -torch.ones(len(image), 8, 8)
-        logits[1:, :, 0] = 1
-        return {"logits": logits}
-
-
-def test_photographs(trained, tmp_path, monkeypatch, capsys):
-    """A folder with a broken one in it, two expressions: masks, overlays, a sheet each; the broken one is named last."""
-    (best,) = (trained / "runs").glob("*/best.pt")
-    (tmp_path / "best.pt").write_bytes(best.read_bytes())
-    folder = tmp_path / "holidays"
-    folder.mkdir()
-    for name in ("a.jpg", "c.png", "._c.png"):
-        Image.new("RGB", (90, 61), "red").save(folder / name)
-    (folder / "b.jpg").write_text("<html>")
-    (folder / "notes.txt").write_text("no photograph")
-    monkeypatch.setattr(evaluate, "restore", lambda *a, **k: (Fixed(), data.make_tokenizer(["red thing"])))
-    command = ["--checkpoint", str(tmp_path / "best.pt"), "--expression", "red thing", "Left: thing!"]
-    with pytest.raises(SystemExit, match=r"1 of 3 photographs were left out: .*b.jpg can't be read as an image"):
-        evaluate.main([*command, "--image", str(folder)])
-    printed = capsys.readouterr().out
-    assert "never seen some word of 'Left: thing!'" in printed and "word of 'red thing'" not in printed
-    assert "'red thing' names nothing that was found in" in printed and "'Left: thing!' covers 12.2 % of" in printed
-    folder = tmp_path / "photographs"
-    masks = {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.mask.png")}
-    names = [f"{file}-{slug}" for file in ("a.jpg", "c.png") for slug in ("1-red-thing", "2-left-thing")]
-    assert set(masks) == {f"{name}.mask.png" for name in names}
-    assert all(mask.shape == (61, 90) for mask in masks.values()) and not masks["a.jpg-1-red-thing.mask.png"].any()
-    left = masks["c.png-2-left-thing.mask.png"]
-    assert set(np.unique(left)) == {0, 255} and (left[:, :11] == 255).all() and (left[:, 11:] == 0).all()
-    assert Image.open(folder / "a.jpg-2-left-thing.png").size == (90, 61) and (folder / "c.png-sheet.png").exists()
-    with pytest.raises(SystemExit, match="none may lie in .*photographs, where the masks go"):
-        evaluate.main([*command, "--image", str(folder)])  # it would read its own masks and write over what it reads
-
-
-def test_logits_of_several_expressions_are_those_of_each(trained):
-    (best,) = (trained / "runs").glob("*/best.pt")
-    segment, image = evaluate.load(best), Image.linear_gradient("L").resize((50, 40))
-    expressions = ["red thing", "left square", "star below the blue circle"]
-    logits = segment.logits(image, expressions)
-    assert logits.shape == (3, 40, 50) and logits.dtype == np.float32
-    for one, expression in zip(logits, expressions):
-        np.testing.assert_allclose(one, segment.logits(image, [expression])[0], rtol=1e-4, atol=1e-4)
-        assert np.array_equal(one > 0, segment(image, expression))
-
-
-def test_photographs_honour_the_flags_of_the_model(trained, tmp_path, monkeypatch):
-    """bf16 rounds the logits, here of an untrained model, by up to a tenth of their size."""
-    (best,) = (trained / "runs").glob("*/best.pt")
-    seen, real = [], evaluate.Segmenter.logits
-    monkeypatch.setattr(evaluate.Segmenter, "logits", lambda *a: (seen.append(real(*a)), seen[-1])[1])
-    checkpoint = read_checkpoint(best)
-    torch.save(checkpoint, tmp_path / "best.pt")
-    Image.linear_gradient("L").save(tmp_path / "photo.png")
-    command = ["--checkpoint", str(tmp_path / "best.pt"), "--image", str(tmp_path / "photo.png"), "--expression", "red"]
-    for flags in ([], ["--precision", "bf16"]):
-        evaluate.main([*command, *flags])
-    assert 0 < np.abs(seen[0] - seen[1]).max() < np.abs(seen[0]).max() / 2
-
-
-def test_ones_own_picture(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(trained)
-    Image.new("RGB", (90, 61), "red").save(tmp_path / "photo.jpg")
-    done = run(HERE / "evaluate.py", "--image", tmp_path / "photo.jpg", "--expression", "red thing", cwd=trained)
-    assert done.returncode == 0, done.stderr
-    written = Path(re.search(r"the overlay is (\S+)", done.stdout)[1])
-    assert Image.open(written).size == (90, 61)
-    segment = evaluate.load(newest_run("best.pt"))
-    mask = segment(tmp_path / "photo.jpg", "red thing")
-    assert mask.shape == (61, 90) and mask.dtype == bool
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_checkpoint_carries_its_variant(name, small, tmp_path, capsys):
-    out = tmp_path / "run"
-    command = ["--variant", name, "--data", str(small), "--max-steps", "2", "--batch-size", "4", "--log-every", "1",
-               "--set", "image_size=64"]  # fmt: skip
-    scores = train.main([*command, "--out", str(out)])
-    again = evaluate.main(["--checkpoint", str(out / "best.pt"), "--data", str(small)])
-    assert again["val"] == scores["val"]
-    model, _ = restore(read_checkpoint(out / "last.pt"), torch.device("cpu"))
-    assert model.config.variant == name and type(model.vis) is VARIANTS[name].block
-    logged = [json.loads(line) for line in open(out / "log.jsonl")][0]
-    assert ("contrastive" in logged) == ("tau" in logged) == VARIANTS[name].contrastive
-
-
 def test_variants_are_listed_by_table(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
@@ -1735,6 +1521,27 @@ def test_variants_are_listed_by_table(capsys):
         train.main(["--variant", "threshold"])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and all(name in error for name in VARIANTS)
+
+
+@pytest.mark.parametrize("flag", [[], ["--gradient-checkpointing"]])
+def test_the_flag_for_gradient_checkpointing_reaches_swin(flag, small, tmp_path, monkeypatch):
+    calls, real = [], timm.models.swin_transformer.checkpoint_seq
+    monkeypatch.setattr(
+        timm.models.swin_transformer, "checkpoint_seq", lambda blocks, x: (calls.append(blocks), real(blocks, x))[1]
+    )
+    train.main(["--data", str(small), "--max-steps", "1", "--batch-size", "4", "--out", str(tmp_path / "run"), *flag])
+    assert bool(calls) == bool(flag)
+
+
+def test_training_tells_how_long_it_takes(small, tmp_path, monkeypatch, capsys):
+    """A clock that gives each step 16 seconds: lines after 2, 4, 6, .. of 40 steps, with the minutes that are left."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 8.0 * next(clock))  # asked twice a step
+    train.main([*RUN, "--data", str(small), "--max-steps", "40", "--validate-every", "40", "--out", str(tmp_path / "run")])
+    lines = re.findall(r"step (\d+) of 40: loss \d\.\d+, (\d+) minutes left", capsys.readouterr().out)
+    assert len(lines) > 10 and int(lines[0][0]) <= 3
+    for step, left in lines:
+        assert abs(int(left) - (40 - int(step)) * 16 / 60) <= 3
 
 
 def test_one_seed_gives_one_training(trained, small, tmp_path):
@@ -1752,78 +1559,61 @@ def test_one_seed_gives_one_training(trained, small, tmp_path):
     assert logs[0] == logs[1] != logs[2]
 
 
-def test_missing_data_is_told_in_a_few_lines(tmp_path):
-    done = run(HERE / "train.py", "--dataset", "refcoco", cwd=tmp_path)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "instances.json is missing" in done.stderr and "README" in done.stderr
-    assert not list(tmp_path.iterdir())
+def test_init_starts_from_a_trained_model(trained, small, tmp_path):
+    (best,) = (trained / "runs").glob("*/best.pt")
+    scores = train.main([
+        "--init", str(best), "--data", str(small), "--lr", "0", "--max-steps", "1", "--batch-size", "4", "--out", str(tmp_path / "run")
+    ])  # fmt: skip
+    assert scores == evaluate.main(
+        ["--checkpoint", str(best), "--data", str(small), "--split", "val", "testA", "testB"]
+    )
 
 
-# Long runs
-
-RUN = ("--batch-size", "4", "--log-every", "1", "--set", "image_size=64", "dropout=0.1", "drop_path=0.1")
-
-
-def start(*command, nproc=1) -> subprocess.Popen:
-    """Like `run`, but goes on; its processes can be killed together."""
-    torchrun = [] if nproc == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--master_port=0",
-                                      "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, *torchrun, HERE / "train.py", *map(str, command)], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+@pytest.mark.parametrize("left", ["best.pt", "last.pt", "metrics.json"])
+def test_a_run_is_not_overwritten(left, small, tmp_path):
+    (tmp_path / left).write_bytes(b"of a run")
+    with pytest.raises(SystemExit, match="holds a run already: choose another --out, go on with --resume, or delete it"):
+        train.main([*RUN, "--data", str(small), "--max-steps", "1", "--out", str(tmp_path)])
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(left, b"of a run")]
 
 
-def wait_until(condition, process, seconds=900):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline or process.poll() is not None:
-            process.kill()
-            pytest.fail(process.communicate(timeout=10)[0])
-        time.sleep(0.001)
+def test_a_run_that_saved_nothing_starts_over(small, tmp_path):
+    train.write_log(tmp_path, {"step": 1, "loss": 5.0})
+    train.main([*RUN, "--data", str(small), "--max-steps", "1", "--out", str(tmp_path)])
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 1] and log_of(tmp_path)[0]["loss"] != 5
 
 
-def log_of(out: Path) -> list[dict]:
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, optimiser and log are equal, bit for bit."""
-    assert log_of(a) == log_of(b)
-    for file in ("last.pt", "best.pt"):
-        one, other = (read_checkpoint(out / file) for out in (a, b))
-        assert one["step"] == other["step"] and one["best"] == other["best"]
-        for name, value in one["model"].items():
-            assert torch.equal(value, other["model"][name]), name
-        for number, state in one["optimizer"]["state"].items():
-            assert all(torch.equal(value, other["optimizer"]["state"][number][key]) for key, value in state.items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("nproc, kills", [(1, 10), (2, 2)])
-def test_kill_9_at_any_moment_loses_nothing(nproc, kills, small, tmp_path):
-    command = [
-        "--data", small, *RUN, "--max-steps", 40, "--checkpoint-every", 3, "--validate-every", 20, "--log-every", 2,
+def test_resume_with_other_settings_must_be_wanted(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main([*RUN, "--data", str(small), "--max-steps", "1", "--out", str(out)])
+    resume = ["--resume", "--out", str(out)]
+    with pytest.raises(SystemExit, match="max_steps 1, not None"):
+        train.main([*resume, "--epochs", "3"])
+    others = ["--lr", "1e-5", "--max-steps", "3", "--set", "dice=0.5"]
+    with pytest.raises(SystemExit) as refused:
+        train.main([*resume, *others])
+    assert "this run has max_steps 1, not 3; lr 0.001, not 1e-05; dice 1.0, not 0.5: " in str(
+        refused.value
+    )
+    for flags in (["--model", "base"], ["--init", "x.pt"], ["--bert", "x"], ["--swin", "x"], ["--no-pretrained"]):
+        with pytest.raises(SystemExit, match="start another run"):
+            train.main(["--resume-anyway", "--out", str(out), *flags])
+    train.main(["--resume-anyway", "--out", str(out), *others, "--batch-size", "6"])
+    assert "on shapes: 48 objects" in capsys.readouterr().out.split("3 steps of 6")[0]  # --data is the run's
+    # a twentieth of the steps warms up: one of step 1, and 0.15 of steps 2 and 3
+    assert [line["lr"] for line in log_of(out) if "lr" in line] == [
+        pytest.approx(1e-3 / 1.05), *(pytest.approx(1e-5 * (done / 2.85) ** 0.9) for done in (2.0, 1.0))
     ]  # fmt: skip
-    assert run(HERE / "train.py", *command, "--out", tmp_path / "whole", nproc=nproc).returncode == 0
-    out, torn = tmp_path / "cut", 0
-    for kill in range(kills):
-        process = start(*(command if kill == 0 else ["--data", small, "--resume"]), "--out", out, nproc=nproc)
-        before = (out / "last.pt").stat().st_mtime_ns if kill else 0
-        if kill % 2:  # while a checkpoint is being written
-            wait_until(lambda: (out / "last.pt.part").exists(), process)
-        else:  # at some moment after one
-            wait_until(lambda: (out / "last.pt").exists() and (out / "last.pt").stat().st_mtime_ns > before, process)
-            time.sleep(0.05 * kill)
-        family = [*children_of(process.pid), process.pid]  # torchrun's are in sessions of their own
-        for child in family:
-            os.kill(child, signal.SIGKILL)
-        process.communicate()
-        torn += (out / "last.pt.part").exists()
-    assert torn > 0
-    assert run(HERE / "train.py", "--data", small, "--resume", "--out", out, nproc=nproc).returncode == 0
-    assert_same_run(tmp_path / "whole", out)
+    groups = read_checkpoint(out / "last.pt")["optimizer"]["param_groups"]
+    last = 1e-5 * (1.0 / 2.85) ** 0.9  # BERT's groups come first, at a twentieth
+    assert [group["lr"] for group in groups] == [pytest.approx(share * last) for share in (0.05, 0.05, 1, 1)]
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01, 0.0]
+    assert read_checkpoint(out / "last.pt")["config"]["dice"] == 0.5
+    with pytest.raises(SystemExit, match="has done 3 steps already, more than the 2"):
+        train.main(["--resume-anyway", "--out", str(out), "--max-steps", "2"])
+    capsys.readouterr()
+    train.main(["--resume-anyway", "--out", str(out), "--epochs", "1", "--batch-size", "4"])
+    assert "12 steps of 4" in capsys.readouterr().out
 
 
 def children_of(pid: int) -> list[int]:
@@ -1892,13 +1682,69 @@ def test_only_a_second_ctrl_c_stops_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
-    calls = []
-    for module, name in ((os, "fsync"), (Path, "replace")):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
-    model_module.save_checkpoint(tmp_path / "last.pt", {"step": 1})
-    assert calls == ["fsync", "replace"] and [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+RUN = ("--batch-size", "4", "--log-every", "1", "--set", "image_size=64", "dropout=0.1", "drop_path=0.1")
+
+
+def start(*command, nproc=1) -> subprocess.Popen:
+    """Like `run`, but goes on; its processes can be killed together."""
+    torchrun = [] if nproc == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--master_port=0",
+                                      "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *torchrun, HERE / "train.py", *map(str, command)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_until(condition, process, seconds=900):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            pytest.fail(process.communicate(timeout=10)[0])
+        time.sleep(0.001)
+
+
+def log_of(out: Path) -> list[dict]:
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, optimiser and log are equal, bit for bit."""
+    assert log_of(a) == log_of(b)
+    for file in ("last.pt", "best.pt"):
+        one, other = (read_checkpoint(out / file) for out in (a, b))
+        assert one["step"] == other["step"] and one["best"] == other["best"]
+        for name, value in one["model"].items():
+            assert torch.equal(value, other["model"][name]), name
+        for number, state in one["optimizer"]["state"].items():
+            assert all(torch.equal(value, other["optimizer"]["state"][number][key]) for key, value in state.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc, kills", [(1, 10), (2, 2)])
+def test_kill_9_at_any_moment_loses_nothing(nproc, kills, small, tmp_path):
+    command = [
+        "--data", small, *RUN, "--max-steps", 40, "--checkpoint-every", 3, "--validate-every", 20, "--log-every", 2,
+    ]  # fmt: skip
+    assert run(HERE / "train.py", *command, "--out", tmp_path / "whole", nproc=nproc).returncode == 0
+    out, torn = tmp_path / "cut", 0
+    for kill in range(kills):
+        process = start(*(command if kill == 0 else ["--data", small, "--resume"]), "--out", out, nproc=nproc)
+        before = (out / "last.pt").stat().st_mtime_ns if kill else 0
+        if kill % 2:  # while a checkpoint is being written
+            wait_until(lambda: (out / "last.pt.part").exists(), process)
+        else:  # at some moment after one
+            wait_until(lambda: (out / "last.pt").exists() and (out / "last.pt").stat().st_mtime_ns > before, process)
+            time.sleep(0.05 * kill)
+        family = [*children_of(process.pid), process.pid]  # torchrun's are in sessions of their own
+        for child in family:
+            os.kill(child, signal.SIGKILL)
+        process.communicate()
+        torn += (out / "last.pt.part").exists()
+    assert torn > 0
+    assert run(HERE / "train.py", "--data", small, "--resume", "--out", out, nproc=nproc).returncode == 0
+    assert_same_run(tmp_path / "whole", out)
 
 
 def test_the_log_is_cut_at_the_checkpoint(tmp_path):
@@ -1912,17 +1758,6 @@ def test_the_log_is_cut_at_the_checkpoint(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(lines[0].encode() + b"\n" + bytes(80) + b"\n" + bytes(9))  # a power cut
     train.cut_log(tmp_path / "log.jsonl", 2)
     assert (tmp_path / "log.jsonl").read_text() == lines[0] + "\n"
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(small, tmp_path):
-    out = tmp_path / "run"
-    train.main([*RUN, "--data", str(small), "--max-steps", "2", "--out", str(out)])
-    before = (out / "last.pt").read_bytes()
-    (out / "last.pt.part").symlink_to("/dev/full")
-    with pytest.raises(SystemExit, match="can't write .*last.pt .* any from before is whole. Make room, then --resume"):
-        train.main(["--resume", "--resume-anyway", "--max-steps", "4", "--out", str(out), "--data", str(small)])
-    assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.part").exists()
-    assert read_checkpoint(out / "last.pt")["step"] == 2
 
 
 def samples_of_step(small, batch_size, step, split=slice(None)) -> list:
@@ -1977,39 +1812,6 @@ def test_weights_that_are_not_finite_are_never_saved(small, tmp_path):
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_resume_with_other_settings(small, tmp_path, capsys):
-    out = tmp_path / "run"
-    train.main([*RUN, "--data", str(small), "--max-steps", "1", "--out", str(out)])
-    resume = ["--resume", "--out", str(out)]
-    with pytest.raises(SystemExit, match="max_steps 1, not None"):
-        train.main([*resume, "--epochs", "3"])
-    others = ["--lr", "1e-5", "--max-steps", "3", "--set", "dice=0.5"]
-    with pytest.raises(SystemExit) as refused:
-        train.main([*resume, *others])
-    assert "this run has max_steps 1, not 3; lr 0.001, not 1e-05; dice 1.0, not 0.5: " in str(
-        refused.value
-    )
-    for flags in (["--model", "base"], ["--init", "x.pt"], ["--bert", "x"], ["--swin", "x"], ["--no-pretrained"]):
-        with pytest.raises(SystemExit, match="start another run"):
-            train.main(["--resume-anyway", "--out", str(out), *flags])
-    train.main(["--resume-anyway", "--out", str(out), *others, "--batch-size", "6"])
-    assert "on shapes: 48 objects" in capsys.readouterr().out.split("3 steps of 6")[0]  # --data is the run's
-    # a twentieth of the steps warms up: one of step 1, and 0.15 of steps 2 and 3
-    assert [line["lr"] for line in log_of(out) if "lr" in line] == [
-        pytest.approx(1e-3 / 1.05), *(pytest.approx(1e-5 * (done / 2.85) ** 0.9) for done in (2.0, 1.0))
-    ]  # fmt: skip
-    groups = read_checkpoint(out / "last.pt")["optimizer"]["param_groups"]
-    last = 1e-5 * (1.0 / 2.85) ** 0.9  # BERT's groups come first, at a twentieth
-    assert [group["lr"] for group in groups] == [pytest.approx(share * last) for share in (0.05, 0.05, 1, 1)]
-    assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01, 0.0]
-    assert read_checkpoint(out / "last.pt")["config"]["dice"] == 0.5
-    with pytest.raises(SystemExit, match="has done 3 steps already, more than the 2"):
-        train.main(["--resume-anyway", "--out", str(out), "--max-steps", "2"])
-    capsys.readouterr()
-    train.main(["--resume-anyway", "--out", str(out), "--epochs", "1", "--batch-size", "4"])
-    assert "12 steps of 4" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_the_script_of_the_readme_outlives_a_kill(small, tmp_path):
     (script,) = [
@@ -2052,16 +1854,6 @@ def test_the_script_of_the_readme_outlives_a_kill(small, tmp_path):
     assert read_checkpoint(out / "last.pt")["step"] == 40
 
 
-def test_init_starts_from_a_trained_model(trained, small, tmp_path):
-    (best,) = (trained / "runs").glob("*/best.pt")
-    scores = train.main([
-        "--init", str(best), "--data", str(small), "--lr", "0", "--max-steps", "1", "--batch-size", "4", "--out", str(tmp_path / "run")
-    ])  # fmt: skip
-    assert scores == evaluate.main(
-        ["--checkpoint", str(best), "--data", str(small), "--split", "val", "testA", "testB"]
-    )
-
-
 @pytest.mark.slow
 def test_a_dead_process_takes_the_others_down(small, tmp_path):
     process = start(*RUN, "--data", small, "--max-steps", 500, "--out", tmp_path / "run", nproc=2)
@@ -2074,6 +1866,16 @@ def test_a_dead_process_takes_the_others_down(small, tmp_path):
     printed = process.communicate(timeout=900)[0]
     assert process.returncode != 0, printed
     assert printed.count("SIGKILL") >= 1 and 'train.py", line' not in printed, printed
+
+
+def test_a_lost_connection_is_told_with_its_cause(monkeypatch):
+    @data.command_line
+    def main(argv):
+        raise RuntimeError("NCCL error: unhandled system error\nError while creating shared memory: No space left on device")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(SystemExit, match="another process has stopped(.|\n)*No space left on device"):
+        main([])
 
 
 @pytest.mark.slow
@@ -2099,6 +1901,347 @@ def test_one_two_and_four_processes_train_alike(small, tmp_path):
         assert other == pytest.approx(logs[0], abs=1e-5)
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(small, tmp_path):
+    """After one step AdamW's first moment is a tenth of the gradient."""
+    command = ["--data", small, "--batch-size", 8, "--epochs", 1, "--max-steps", 1]
+    gradients = []
+    for name, nproc, extra in (
+        ("one", 1, ()),
+        ("two", 2, ()),
+        ("micro", 1, ("--micro-batch", 2)),
+        ("both", 2, ("--micro-batch", 1)),
+    ):
+        done = run(HERE / "train.py", *command, "--out", tmp_path / name, *extra, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        state = read_checkpoint(tmp_path / name / "last.pt")["optimizer"]["state"]
+        gradients.append(torch.cat([10 * state[i]["exp_avg"].flatten() for i in sorted(state)]).double())
+    assert gradients[0].norm() > 0.1
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-5
+    command = ["--data", small, "--batch-size", 8, "--epochs", 1, "--log-every", 1, "--out", tmp_path / "epoch"]
+    done = run(HERE / "train.py", *command, nproc=2)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in open(tmp_path / "epoch" / "log.jsonl")]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_with_two_processes(small, tmp_path):
+    """torchrun --nnodes=2, twice on this machine: as on two, but for the network between them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [HERE / "train.py", *RUN, "--data", small, "--max-steps", 3, "--workers", 0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]  # fmt: skip
+    nodes = [
+        subprocess.Popen(
+            list(map(str, [*torchrun, *command, "--out", tmp_path / "nodes"])), stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) for _ in range(2)
+    ]  # fmt: skip
+    printed = [node.communicate(timeout=900)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert sum(text.count("shapes          testB") for text in printed) == 1  # the one with rank 0
+    whole = run(*command, "--out", tmp_path / "whole", nproc=2)
+    assert whole.returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "nodes")
+
+
+@pytest.mark.slow
+def test_swins_constants_are_not_sent_at_each_forward_pass(small, tmp_path):
+    """21 MB in the base model."""
+    script = """
+        import sys
+        import train
+        class DDP(train.DistributedDataParallel):
+            def __init__(self, *args):
+                super().__init__(*args)
+                wrapped.append(self)
+        wrapped, train.DistributedDataParallel = [], DDP
+        train.main(sys.argv[1:])
+        assert len(wrapped[0].modules_buffers) > 0 and not wrapped[0].will_sync_module_buffers()
+    """
+    (tmp_path / "two.py").write_text("\n".join(line[8:] for line in script.splitlines()))
+    done = run(tmp_path / "two.py", *RUN, "--data", small, "--max-steps", 2, "--out", tmp_path / "run", nproc=2, PYTHONPATH=HERE)
+    assert done.returncode == 0, done.stderr
+
+
+# evaluate.py
+
+
+SCALE = """
+import json, sys, time
+import torch
+import data, evaluate, train as training
+
+def proportional(pid):  # MB of a process, shared pages counted in parts
+    return sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")) / 1024
+
+torch.set_num_threads(1)
+started = time.perf_counter()
+json.loads(open(f"{sys.argv[1]}/refcoco/instances.json", "rb").read())
+loads = time.perf_counter() - started
+before, started = proportional("self"), time.perf_counter()
+tokenizer = data.make_tokenizer(["the thing number on the left"])
+train, val = (data.RefDataset("refcoco", split, sys.argv[1], tokenizer=tokenizer, training=split == "train") for split in ("train", "val"))
+seconds = time.perf_counter() - started
+loader = lambda workers, steps: data.load_batches(train, training.training_batches(len(train), 16, 0, steps, 0), workers, torch.device("cpu"))
+batches = loader(4, 200)
+for _ in range(60):
+    next(batches)
+memory = proportional("self") + sum(proportional(worker.pid) for worker in batches._workers) - before
+del batches
+batches = loader(1, 40)
+next(batches)
+started = time.perf_counter()
+for _ in range(30):
+    next(batches)
+speed = 30 * 16 / (time.perf_counter() - started)
+print(json.dumps({"seconds to index": round(seconds, 1), "seconds of json.loads": round(loads, 2), "MB with 4 workers": round(memory), "samples/s of one worker": round(speed)}))
+"""
+
+
+def test_metrics_worked_by_hand():
+    prediction, target = torch.zeros(5, 4, 5, dtype=torch.bool), torch.zeros(5, 4, 5, dtype=torch.bool)
+    prediction[0, :2], target[0, :2] = True, True  # 10 of 10: IoU 1
+    prediction[1, 0, :4], target[1, 0] = True, True  # 4 of 5: 0.8
+    prediction[2, 0, :], target[2, :2] = True, True  # 5 of 10: 0.5
+    target[3, 0, 0] = True  # nothing predicted, 0 of 1: 0
+    # nothing predicted and nothing there: the union is empty, 0
+    metrics = evaluate.Metrics()
+    for one, other in zip(prediction, target):
+        metrics.update(one, other)
+    scores = metrics.compute()
+    expected = {"P@0.5": 60, "P@0.6": 40, "P@0.7": 40, "P@0.8": 40, "P@0.9": 20}
+    expected |= {"mIoU": 100 * (1 + 0.8 + 0.5) / 5, "oIoU": 100 * 19 / 26, "samples": 5}
+    assert scores == pytest.approx(expected)
+    with pytest.raises(ValueError, match="not the masks of one sample"):
+        metrics.update(prediction, target)
+
+
+def test_word_measures_worked_by_hand():
+    """Two sentences, [CLS] a b [SEP] and [CLS] c [SEP] and padding; four pixels, of which each token selects two."""
+    x, y = [1.0, 0.0], [0.0, 2.0]
+    tokens = torch.tensor([[x, y, x, y], [x, x, [3.0, 0.0], [-9.0, 5.0]]])  # cosines 0 1 0 0 1 0; 1 1 1
+    M = torch.tensor([[[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0]], [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]])  # fmt: skip
+    output = {"tokens": tokens, "selection": Selection(None, None, None, M.float())}
+    attention_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    first, second = evaluate.word_measures(output, attention_mask)
+    assert first == pytest.approx({"token cosine": 2 / 6, "pixels shared with CLS": (50 + 0) / 2})
+    assert second == pytest.approx({"token cosine": 1, "pixels shared with CLS": 100})
+    metrics = evaluate.Metrics()
+    for index, measures in enumerate([first, second]):
+        metrics.update(torch.ones(1, 1) > 0, torch.ones(1, 1) > 0, index, measures)
+    assert metrics.compute()["pixels shared with CLS"] == pytest.approx(62.5)
+
+
+class LeftQuarter(torch.nn.Module):
+    """Says +1 in the first of four columns and -1 elsewhere."""
+
+    def forward(self, image, input_ids, attention_mask):
+        logits = -torch.ones(len(image), 4, 4)
+        logits[:, :, 0] = 1
+        return {"logits": logits, "tokens": input_ids[..., None].float(), "selection": Selection(None, None, None, None)}
+
+
+def test_the_two_resolutions_differ_by_a_known_amount(tmp_path):
+    """The target is the first 3 of 8 columns. Nearest to 4 columns keeps the 1st of columns 1, 3, 5, 7: IoU 1. At the
+    original size the logits 1, -1 become 1, 0.5, -0.5, -1 by bilinear resizing: two columns of three."""
+    folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2, size=(8, 4), scenes=1)
+    file = folder / "refcoco" / "instances.json"
+    instances = json.loads(file.read_text())
+    for annotation in instances["annotations"]:
+        annotation["segmentation"] = [[0, 0, 3, 0, 3, 4, 0, 4]]
+    file.write_text(json.dumps(instances))
+    dataset = tokenized("refcoco", "val", folder, image_size=4)
+    scores = {
+        resolution: evaluate.evaluate(LeftQuarter(), dataset, torch.device("cpu"), resolution=resolution).compute()[
+            "mIoU"
+        ]
+        for resolution in ("input", "original")
+    }
+    assert scores == pytest.approx({"input": 100, "original": 200 / 3})
+
+
+def test_evaluate_prints_the_row_that_training_printed(trained, small):
+    done = run(HERE / "evaluate.py", "--split", "testB", "--data", small, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if " testB " in line]
+    assert row in (trained / "printed").read_text().splitlines()
+
+
+def test_shuffled_expressions_come_from_another_image(small):
+    dataset = tokenized("shapes", "val", small)
+    before = list(dataset.sentences)
+    image_of = lambda number: dataset.objects[number].image_id
+    owners = collections.defaultdict(set)
+    for number, expression in before:
+        owners[expression].add(image_of(number))
+    evaluate.shuffle_expressions(dataset)
+    assert sorted(e for _, e in dataset.sentences) == sorted(e for _, e in before)
+    for number, expression in dataset.sentences:
+        assert owners[expression] != {image_of(number)}
+    encoded = data.tokenize(data.make_tokenizer([e for _, e in before]), dataset.expressions, 21)
+    assert all(torch.equal(encoded[name], values) for name, values in dataset.tokens.items())
+
+
+@pytest.mark.slow
+def test_evaluation_counts_the_same_in_any_number_of_processes(trained, small, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "shapes").mkdir()
+    for file in ("images", "instances.json"):
+        (folder / "shapes" / file).symlink_to(small / "shapes" / file)
+    refs = [ref for ref in data.read_refs(small / "shapes" / "refs(shapes).p") if ref["split"] == "val"]
+    refs[0]["sentences"].pop()  # 35 sentences: batches of 16, 16 and 3
+    (folder / "shapes" / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
+    results = []
+    for nproc in (1, 2, 3):
+        scores, samples = tmp_path / f"{nproc}.json", tmp_path / f"{nproc}.jsonl"
+        done = run(
+            HERE / "evaluate.py", "--data", folder, "--json", scores, "--per-sample", samples,
+            nproc=nproc, cwd=trained,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        results.append((json.loads(scores.read_text()), samples.read_text()))
+    assert results[0][0]["val"]["samples"] == 35
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_checkpoint_carries_its_variant(name, small, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["--variant", name, "--data", str(small), "--max-steps", "2", "--batch-size", "4", "--log-every", "1",
+               "--set", "image_size=64"]  # fmt: skip
+    scores = train.main([*command, "--out", str(out)])
+    again = evaluate.main(["--checkpoint", str(out / "best.pt"), "--data", str(small)])
+    assert again["val"] == scores["val"]
+    model, _ = restore(read_checkpoint(out / "last.pt"), torch.device("cpu"))
+    assert model.config.variant == name and type(model.vis) is VARIANTS[name].block
+    logged = [json.loads(line) for line in open(out / "log.jsonl")][0]
+    assert ("contrastive" in logged) == ("tau" in logged) == VARIANTS[name].contrastive
+
+
+class Fixed(torch.nn.Module):
+    """Stands for a model: its logits are -1, and +1 in the first column of the second expression of a photograph."""
+
+    config = VEGAConfig.tiny()
+
+    def forward(self, image, input_ids, attention_mask):
+        logits = -torch.ones(len(image), 8, 8)
+        logits[1:, :, 0] = 1
+        return {"logits": logits}
+
+
+def test_photographs_get_masks_and_overlays(trained, tmp_path, monkeypatch, capsys):
+    """A folder with a broken one in it, two expressions: masks, overlays, a sheet each; the broken one is named last."""
+    (best,) = (trained / "runs").glob("*/best.pt")
+    (tmp_path / "best.pt").write_bytes(best.read_bytes())
+    folder = tmp_path / "holidays"
+    folder.mkdir()
+    for name in ("a.jpg", "c.png", "._c.png"):
+        Image.new("RGB", (90, 61), "red").save(folder / name)
+    (folder / "b.jpg").write_text("<html>")
+    (folder / "notes.txt").write_text("no photograph")
+    monkeypatch.setattr(evaluate, "restore", lambda *a, **k: (Fixed(), data.make_tokenizer(["red thing"])))
+    command = ["--checkpoint", str(tmp_path / "best.pt"), "--expression", "red thing", "Left: thing!"]
+    with pytest.raises(SystemExit, match=r"1 of 3 photographs were left out: .*b.jpg can't be read as an image"):
+        evaluate.main([*command, "--image", str(folder)])
+    printed = capsys.readouterr().out
+    assert "never seen some word of 'Left: thing!'" in printed and "word of 'red thing'" not in printed
+    assert "'red thing' names nothing that was found in" in printed and "'Left: thing!' covers 12.2 % of" in printed
+    folder = tmp_path / "photographs"
+    masks = {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.mask.png")}
+    names = [f"{file}-{slug}" for file in ("a.jpg", "c.png") for slug in ("1-red-thing", "2-left-thing")]
+    assert set(masks) == {f"{name}.mask.png" for name in names}
+    assert all(mask.shape == (61, 90) for mask in masks.values()) and not masks["a.jpg-1-red-thing.mask.png"].any()
+    left = masks["c.png-2-left-thing.mask.png"]
+    assert set(np.unique(left)) == {0, 255} and (left[:, :11] == 255).all() and (left[:, 11:] == 0).all()
+    assert Image.open(folder / "a.jpg-2-left-thing.png").size == (90, 61) and (folder / "c.png-sheet.png").exists()
+    with pytest.raises(SystemExit, match="none may lie in .*photographs, where the masks go"):
+        evaluate.main([*command, "--image", str(folder)])  # it would read its own masks and write over what it reads
+
+
+def test_logits_of_several_expressions_are_those_of_each(trained):
+    (best,) = (trained / "runs").glob("*/best.pt")
+    segment, image = evaluate.load(best), Image.linear_gradient("L").resize((50, 40))
+    expressions = ["red thing", "left square", "star below the blue circle"]
+    logits = segment.logits(image, expressions)
+    assert logits.shape == (3, 40, 50) and logits.dtype == np.float32
+    for one, expression in zip(logits, expressions):
+        np.testing.assert_allclose(one, segment.logits(image, [expression])[0], rtol=1e-4, atol=1e-4)
+        assert np.array_equal(one > 0, segment(image, expression))
+
+
+def test_photographs_honour_the_flags_of_the_model(trained, tmp_path, monkeypatch):
+    """bf16 rounds the logits, here of an untrained model, by up to a tenth of their size."""
+    (best,) = (trained / "runs").glob("*/best.pt")
+    seen, real = [], evaluate.Segmenter.logits
+    monkeypatch.setattr(evaluate.Segmenter, "logits", lambda *a: (seen.append(real(*a)), seen[-1])[1])
+    checkpoint = read_checkpoint(best)
+    torch.save(checkpoint, tmp_path / "best.pt")
+    Image.linear_gradient("L").save(tmp_path / "photo.png")
+    command = ["--checkpoint", str(tmp_path / "best.pt"), "--image", str(tmp_path / "photo.png"), "--expression", "red"]
+    for flags in ([], ["--precision", "bf16"]):
+        evaluate.main([*command, *flags])
+    assert 0 < np.abs(seen[0] - seen[1]).max() < np.abs(seen[0]).max() / 2
+
+
+def test_the_command_and_the_python_interface_give_one_mask(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    Image.new("RGB", (90, 61), "red").save(tmp_path / "photo.jpg")
+    done = run(HERE / "evaluate.py", "--image", tmp_path / "photo.jpg", "--expression", "red thing", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    written = Path(re.search(r"the overlay is (\S+)", done.stdout)[1])
+    assert Image.open(written).size == (90, 61)
+    segment = evaluate.load(newest_run("best.pt"))
+    mask = segment(tmp_path / "photo.jpg", "red thing")
+    assert mask.shape == (61, 90) and mask.dtype == bool
+
+
+def photograph(name: str) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (31, 47, 4), dtype=np.uint8)
+    return {
+        "one pixel": lambda: Image.new("RGB", (1, 1), "red"),
+        "one row": lambda: Image.new("RGB", (300, 1), "red"),
+        "grey": lambda: Image.fromarray(noise[..., 0]),
+        "CMYK": lambda: Image.fromarray(noise, "CMYK"),
+        "16 bit": lambda: Image.fromarray(noise[..., 0].astype(np.uint16) * 257),
+        "transparent": lambda: Image.fromarray(noise, "RGBA"),
+        "palette": lambda: Image.fromarray(noise[..., 0]).convert("P"),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["one pixel", "one row", "grey", "CMYK", "16 bit", "transparent", "palette"])
+def test_odd_photographs_are_segmented(name, trained, tmp_path):
+    image = photograph(name)
+    image.save(tmp_path / "photo.tiff")
+    (best,) = (trained / "runs").glob("*/best.pt")
+    segment = evaluate.load(best)
+    mask = segment(tmp_path / "photo.tiff", "red thing")
+    assert mask.shape == image.size[::-1] and mask.dtype == bool
+    grey = Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16))
+    assert abs(np.asarray(data.to_rgb(grey)).astype(int) - 40000 / 257).max() <= 1  # scaled, not clipped at 255
+
+
+@pytest.mark.parametrize("expression", ["thing " * 10_000, "\N{GRINNING FACE}", "左边的人", "x" * 5000, "a\0b\n\tc", "\udcff mug"])
+def test_odd_expressions_are_segmented(expression, trained):
+    (best,) = (trained / "runs").glob("*/best.pt")
+    mask = evaluate.load(best)(Image.new("RGB", (20, 10)), expression)
+    assert mask.shape == (10, 20)
+
+
+def test_a_decompression_bomb_is_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    header = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
+    header += (60_000).to_bytes(4, "little") * 2 + (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24)
+    (tmp_path / "bomb.bmp").write_bytes(header)
+    with pytest.raises(SystemExit, match="can't be read as an image .*decompression bomb"):
+        evaluate.main(["--image", str(tmp_path / "bomb.bmp"), "--expression", "red thing"])
 
 
 @pytest.mark.parametrize(
@@ -2162,68 +2305,21 @@ def test_a_wrong_input_gets_one_clear_message(script, flags, message, trained, s
     assert sorted(trained.rglob("*")) == before
 
 
-def photograph(name: str) -> Image.Image:
-    noise = np.random.default_rng(0).integers(0, 256, (31, 47, 4), dtype=np.uint8)
-    return {
-        "one pixel": lambda: Image.new("RGB", (1, 1), "red"),
-        "one row": lambda: Image.new("RGB", (300, 1), "red"),
-        "grey": lambda: Image.fromarray(noise[..., 0]),
-        "CMYK": lambda: Image.fromarray(noise, "CMYK"),
-        "16 bit": lambda: Image.fromarray(noise[..., 0].astype(np.uint16) * 257),
-        "transparent": lambda: Image.fromarray(noise, "RGBA"),
-        "palette": lambda: Image.fromarray(noise[..., 0]).convert("P"),
-    }[name]()
+def test_slow_bf16_is_told(monkeypatch, capsys):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert evaluate.resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    assert "many times slower in bf16" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    evaluate.resolve_precision("bf16", torch.device("cpu")), evaluate.resolve_precision("fp32", torch.device("cpu"))
+    assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["one pixel", "one row", "grey", "CMYK", "16 bit", "transparent", "palette"])
-def test_odd_photographs_are_segmented(name, trained, tmp_path):
-    image = photograph(name)
-    image.save(tmp_path / "photo.tiff")
-    (best,) = (trained / "runs").glob("*/best.pt")
-    segment = evaluate.load(best)
-    mask = segment(tmp_path / "photo.tiff", "red thing")
-    assert mask.shape == image.size[::-1] and mask.dtype == bool
-    grey = Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16))
-    assert abs(np.asarray(data.to_rgb(grey)).astype(int) - 40000 / 257).max() <= 1  # scaled, not clipped at 255
-
-
-@pytest.mark.parametrize("expression", ["thing " * 10_000, "\N{GRINNING FACE}", "左边的人", "x" * 5000, "a\0b\n\tc", "\udcff mug"])
-def test_odd_expressions_are_segmented(expression, trained):
-    (best,) = (trained / "runs").glob("*/best.pt")
-    mask = evaluate.load(best)(Image.new("RGB", (20, 10)), expression)
-    assert mask.shape == (10, 20)
-
-
-def test_a_decompression_bomb_is_refused(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(trained)
-    header = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
-    header += (60_000).to_bytes(4, "little") * 2 + (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24)
-    (tmp_path / "bomb.bmp").write_bytes(header)
-    with pytest.raises(SystemExit, match="can't be read as an image .*decompression bomb"):
-        evaluate.main(["--image", str(tmp_path / "bomb.bmp"), "--expression", "red thing"])
-
-
-@pytest.mark.slow
-def test_two_nodes_train_as_one_with_two_processes(small, tmp_path):
-    """torchrun --nnodes=2, twice on this machine: as on two, but for the network between them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [HERE / "train.py", *RUN, "--data", small, "--max-steps", 3, "--workers", 0]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-                f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]  # fmt: skip
-    nodes = [
-        subprocess.Popen(
-            list(map(str, [*torchrun, *command, "--out", tmp_path / "nodes"])), stdout=subprocess.PIPE, text=True,
-            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ) for _ in range(2)
-    ]  # fmt: skip
-    printed = [node.communicate(timeout=900)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], printed
-    assert sum(text.count("shapes          testB") for text in printed) == 1  # the one with rank 0
-    whole = run(*command, "--out", tmp_path / "whole", nproc=2)
-    assert whole.returncode == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "nodes")
+def test_cards_that_emulate_bf16_run_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert evaluate.resolve_precision(None, torch.device("cuda:0")) == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert evaluate.resolve_precision(None, torch.device("cuda:0")) == "bf16"
 
 
 @pytest.fixture
@@ -2249,26 +2345,9 @@ def test_each_process_touches_its_own_gpu_alone(pretended_gpus, monkeypatch):
     assert pretended_gpus[2:] == ["current cuda:1", "zeros cuda:1"]
 
 
-def test_cards_that_emulate_bf16_run_fp32(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert evaluate.resolve_precision(None, torch.device("cuda:0")) == "fp32"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert evaluate.resolve_precision(None, torch.device("cuda:0")) == "bf16"
-
-
-def test_a_lost_connection_is_told_with_its_cause(monkeypatch):
-    @data.command_line
-    def main(argv):
-        raise RuntimeError("NCCL error: unhandled system error\nError while creating shared memory: No space left on device")
-
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(SystemExit, match="another process has stopped(.|\n)*No space left on device"):
-        main([])
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cuda(precision, small, tmp_path):
+def test_cuda_trains_and_evaluates(precision, small, tmp_path):
     """Trains and evaluates on the GPU; in fp32 with the CPU's scores to a point."""
     command = ["--data", str(small), "--max-steps", "4", "--batch-size", "8", "--precision", precision]
     scores = train.main([*command, "--device", "cuda", "--out", str(tmp_path / "run")])
@@ -2276,91 +2355,7 @@ def test_cuda(precision, small, tmp_path):
     assert scores["val"]["mIoU"] == pytest.approx(on_cpu["val"]["mIoU"], abs=1 if precision == "fp32" else 5)
 
 
-@pytest.mark.parametrize("left", ["best.pt", "last.pt", "metrics.json"])
-def test_a_run_is_not_overwritten(left, small, tmp_path):
-    (tmp_path / left).write_bytes(b"of a run")
-    with pytest.raises(SystemExit, match="holds a run already: choose another --out, go on with --resume, or delete it"):
-        train.main([*RUN, "--data", str(small), "--max-steps", "1", "--out", str(tmp_path)])
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(left, b"of a run")]
-
-
-def test_a_run_that_saved_nothing_starts_over(small, tmp_path):
-    train.write_log(tmp_path, {"step": 1, "loss": 5.0})
-    train.main([*RUN, "--data", str(small), "--max-steps", "1", "--out", str(tmp_path)])
-    assert [line["step"] for line in log_of(tmp_path)] == [1, 1] and log_of(tmp_path)[0]["loss"] != 5
-
-
-# Several processes
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_gradients_of_one(small, tmp_path):
-    """After one step AdamW's first moment is a tenth of the gradient."""
-    command = ["--data", small, "--batch-size", 8, "--epochs", 1, "--max-steps", 1]
-    gradients = []
-    for name, nproc, extra in (
-        ("one", 1, ()),
-        ("two", 2, ()),
-        ("micro", 1, ("--micro-batch", 2)),
-        ("both", 2, ("--micro-batch", 1)),
-    ):
-        done = run(HERE / "train.py", *command, "--out", tmp_path / name, *extra, nproc=nproc)
-        assert done.returncode == 0, done.stderr
-        state = read_checkpoint(tmp_path / name / "last.pt")["optimizer"]["state"]
-        gradients.append(torch.cat([10 * state[i]["exp_avg"].flatten() for i in sorted(state)]).double())
-    assert gradients[0].norm() > 0.1
-    for other in gradients[1:]:
-        assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-5
-    command = ["--data", small, "--batch-size", 8, "--epochs", 1, "--log-every", 1, "--out", tmp_path / "epoch"]
-    done = run(HERE / "train.py", *command, nproc=2)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in open(tmp_path / "epoch" / "log.jsonl")]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.slow
-def test_swins_constants_are_not_sent_at_each_forward_pass(small, tmp_path):
-    """21 MB in the base model."""
-    script = """
-        import sys
-        import train
-        class DDP(train.DistributedDataParallel):
-            def __init__(self, *args):
-                super().__init__(*args)
-                wrapped.append(self)
-        wrapped, train.DistributedDataParallel = [], DDP
-        train.main(sys.argv[1:])
-        assert len(wrapped[0].modules_buffers) > 0 and not wrapped[0].will_sync_module_buffers()
-    """
-    (tmp_path / "two.py").write_text("\n".join(line[8:] for line in script.splitlines()))
-    done = run(tmp_path / "two.py", *RUN, "--data", small, "--max-steps", 2, "--out", tmp_path / "run", nproc=2, PYTHONPATH=HERE)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_evaluation_counts_the_same_in_any_number_of_processes(trained, small, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "shapes").mkdir()
-    for file in ("images", "instances.json"):
-        (folder / "shapes" / file).symlink_to(small / "shapes" / file)
-    refs = [ref for ref in data.read_refs(small / "shapes" / "refs(shapes).p") if ref["split"] == "val"]
-    refs[0]["sentences"].pop()  # 35 sentences: batches of 16, 16 and 3
-    (folder / "shapes" / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
-    results = []
-    for nproc in (1, 2, 3):
-        scores, samples = tmp_path / f"{nproc}.json", tmp_path / f"{nproc}.jsonl"
-        done = run(
-            HERE / "evaluate.py", "--data", folder, "--json", scores, "--per-sample", samples,
-            nproc=nproc, cwd=trained,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        results.append((json.loads(scores.read_text()), samples.read_text()))
-    assert results[0][0]["val"]["samples"] == 35
-    assert results[0] == results[1] == results[2]
-
-
-# What the words select: a measurement on shapes, RUNS="runs/a runs/b" pytest -m benchmark -k words -s
+# Measurements: pytest -m benchmark -s
 
 
 def chance_above(values: torch.Tensor, positive: torch.Tensor) -> float:
@@ -2437,9 +2432,6 @@ def test_what_the_words_select():
         print(*(f"  {name:<24}{np.mean(values):.3g} ({len(values)})" for name, values in found.items()), sep="\n")
         print(*(f"  mIoU of {' '.join(key):<32}{np.mean(scores[key]):.1f} ({len(scores[key])})" for key in sorted(scores)),
               sep="\n")  # fmt: skip
-
-
-# What VEGA costs: a measurement, BENCHMARK="base 480 1 fp32" pytest -m benchmark -s
 
 
 class Encoders(torch.nn.Module):
