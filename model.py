@@ -1,7 +1,8 @@
 """VEGA: Swin-B with early fusion, BERT, the VIS block and the decoder that refers to the guidance set.
 
-    image --> Swin stages 1..4, each followed by EarlyFusion with the words --> F_1 .. F_4        Sec. 3.1
-    words --> BERT --> Q_l --> enhanced by cross-attention to F_v (F_4 projected to D channels)   Table 2
+    expression --> BERT --> tokens                                                                Sec. 3.1
+    image --> Swin stages 1..4, each followed by EarlyFusion with the tokens --> F_1 .. F_4       Sec. 3.1
+    tokens --> cross-attention to F_v (F_4 projected to D channels) --> Q_l                       Table 2
     F_v, Q_l --> VISBlock --> guidance set G = {Q_l, Q_v}                                         Sec. 3.2
     F_4 .. F_1, G --> Decoder --> logits                                                          Sec. 3.3
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from data import InputError, make_tokenizer
-from selection import INITIAL_LOG_TAU, VARIANTS, AttentionLayer, hide_padding, pixel_contrastive_loss
+from selection import INITIAL_LOG_TAU, VARIANTS, AttentionLayer, padding_bias, pixel_contrastive_loss
 
 
 BERT_FIELDS = (  # of transformers' BertConfig, whose defaults are BERT-base
@@ -106,13 +107,13 @@ class EarlyFusion(nn.Module):
         else:  # nothing follows the last stage, and a gate there would never see a gradient
             self.gate = None
 
-    def forward(self, x: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, C], Q_l [B, T, D], mask_l [B, T] -> F_i and x + gate(F_i) * F_i (None if ungated), [B, N, C]."""
+    def forward(self, x: Tensor, tokens: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C], tokens [B, T, D], mask_l [B, T] -> fused and x + gate(fused) * fused (or None), [B, N, C]."""
         # F.instance_norm: each channel of each sample to mean 0 and variance 1 over the pixels
         query = F.instance_norm(self.query(x).mT).mT  # [B, N, C]
-        bias = hide_padding(mask_l).to(query.dtype)  # [B, 1, T]
+        bias = padding_bias(mask_l).to(query.dtype)  # [B, 1, T]
         # one head, scaled by C ** -0.5
-        attended = F.scaled_dot_product_attention(query, self.key(Q_l), self.value(Q_l), bias)  # [B, N, C]
+        attended = F.scaled_dot_product_attention(query, self.key(tokens), self.value(tokens), bias)  # [B, N, C]
         attended = F.instance_norm(self.project_attended(attended).mT).mT
         fused = F.gelu(self.project_fused(F.gelu(self.project_vision(x)) * attended))
         return fused, None if self.gate is None else x + self.gate(fused) * fused
@@ -174,8 +175,8 @@ class VisionEncoder(nn.Module):
             with torch.no_grad():  # as strong as the patches; at torch's own scale some seeds learn no places at all
                 self.coordinates.weight *= 4
 
-    def forward(self, image: Tensor, Q_l: Tensor, mask_l: Tensor) -> list[Tensor]:
-        """image [B, 3, H, W], Q_l [B, T, D], mask_l [B, T] -> the fused maps F_i [B, H_i, W_i, C_i], stride 4 first."""
+    def forward(self, image: Tensor, tokens: Tensor, mask_l: Tensor) -> list[Tensor]:
+        """image [B, 3, H, W], tokens [B, T, D], mask_l [B, T] -> F_i [B, H_i, W_i, C_i], fused and normed."""
         x = self.swin.patch_embed(image)  # [B, H / 4, W / 4, C_1]
         if hasattr(self, "coordinates"):
             ys, xs = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[1:3])
@@ -184,7 +185,7 @@ class VisionEncoder(nn.Module):
         for stage, fusion, norm in zip(self.swin.layers, self.fusions, self.norms):
             x = stage(x)  # [B, H_i, W_i, C_i]; timm's stages begin with the downsampling
             height, width = x.shape[1:3]
-            fused, x = fusion(x.flatten(1, 2), Q_l, mask_l)
+            fused, x = fusion(x.flatten(1, 2), tokens, mask_l)
             features.append(norm(fused).unflatten(1, (height, width)))
             if x is not None:
                 x = x.unflatten(1, (height, width))
@@ -214,12 +215,12 @@ class Decoder(nn.Module):
     def forward(self, features: list[Tensor], G: Tensor, mask_G: Tensor) -> Tensor:
         """features [B, H_i, W_i, C_i] with stride 4 first, G [B, R, D], mask_G [B, R] -> logits [B, H / 4, W / 4]."""
         *skips, last = features
-        bias = hide_padding(mask_G)  # [B, 1, R]
+        bias = padding_bias(mask_G)  # [B, 1, R]
         x = self.attentions[0](self.project(last).flatten(1, 2), G, bias).unflatten(1, last.shape[1:3])
         for skip, project_x, project_skip, convolution, attention in zip(
             reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:]
         ):
-            # a linear layer over the concatenated maps, as the sum of its two halves: x is cheaper while it is small
+            # linear(concatenation of x and skip), as a sum: the half of x is computed before it is upsampled
             x = F.interpolate(project_x(x).permute(0, 3, 1, 2), skip.shape[1:3], mode="bilinear")
             x = convolution(x + project_skip(skip).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H_i, W_i, width]
             x = attention(x.flatten(1, 2), G, bias).unflatten(1, skip.shape[1:3])
@@ -227,7 +228,7 @@ class Decoder(nn.Module):
 
 
 class VEGA(nn.Module):
-    """Visual Expression Guidance for Referring Expression Segmentation, at random weights."""
+    """Visual Expression Guidance for Referring Expression Segmentation. It starts at random; see `load_swin`."""
 
     def __init__(self, config: VEGAConfig):
         super().__init__()
@@ -263,7 +264,7 @@ class VEGA(nn.Module):
         features = self.vision(image, tokens, attention_mask)  # [B, H_i, W_i, C_i] of each stage
         F_v, Q_l = None, tokens
         if self.enhance is not None:  # not in Table 2, row 1
-            F_v = self.project_vision(features[-1].flatten(1, 2))  # [B, N, D]
+            F_v = self.project_vision(features[-1].flatten(1, 2))  # [B, N, D]; ours: of the last stage
             Q_l = self.enhance(tokens, F_v)  # [B, T, D] each token looks at every pixel
         selection = self.vis(F_v, Q_l, attention_mask)
         logits = self.decoder(features, selection.G, selection.mask_G)  # [B, H / 4, W / 4]

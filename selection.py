@@ -27,13 +27,13 @@ class Selection(NamedTuple):
     M: Tensor | None  # [B, T, N] 1 at the K pixels that each token selects, else 0. None if nothing is selected
 
 
-def hide_padding(mask_l: Tensor) -> Tensor:
+def padding_bias(mask_l: Tensor) -> Tensor:
     """mask_l [B, R], 1 for real tokens -> [B, 1, R] to add to attention scores: 0 for real tokens, -1e4 for padding."""
     return (mask_l[:, None].float() - 1) * 1e4
 
 
 class AttentionLayer(nn.Module):
-    """The paper's attention layer. Ours: multi-head attention, a residual, LayerNorm, as in BERT."""
+    """The paper's attention layer. Ours: multi-head attention, a residual, LayerNorm; no feed-forward, no positions."""
 
     def __init__(self, dim: int, num_heads: int = 8, kv_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
@@ -65,7 +65,7 @@ class SelfAttention(AttentionLayer):
 
     def forward(self, q: Tensor, kv: Tensor, mask_l: Tensor | None = None) -> Tensor:
         """q [B, Q, dim], kv [B, R, dim], mask_l [B, R] 1 for real tokens, 0 for padding -> [B, Q, dim]."""
-        return super().forward(q, kv, None if mask_l is None else hide_padding(mask_l))
+        return super().forward(q, kv, None if mask_l is None else padding_bias(mask_l))
 
 
 class VISBlock(nn.Module):
@@ -74,9 +74,9 @@ class VISBlock(nn.Module):
     Two things look like mistakes, are the paper's, and are kept:
 
     * S_norm sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4). E is the query of the
-      cross-attention and its residual. Divided by K it adds almost nothing there.
+      cross-attention and its residual. Divided by K it is nearly zero in both.
     * The cosine similarities in S lie in [-1, 1], and the softmax has no temperature. No selected pixel can weigh more
-      than e^2 = 7.4 times another. The tau of Eq. 5 could not change which pixels are selected.
+      than e^2 = 7.4 times another.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
@@ -90,8 +90,8 @@ class VISBlock(nn.Module):
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         """Select pixels for each token, and make the guidance set of them.
 
-        The choice of the pixels has no gradient. The projections learn from Eq. 5, through the similarities of [CLS],
-        and a little from the weights S_norm.
+        The choice of the pixels has no gradient. S has one: Eq. 5 reaches the row of [CLS], and S_norm, weakly, every
+        row. Through S the projections and both encoders learn.
 
         Args:
             F_v: [B, N, D] vision features.
@@ -105,7 +105,7 @@ class VISBlock(nn.Module):
             K = max(1, int(F_v.shape[1] * self.ratio))  # ours: at least one
 
             # joint multimodal embedding
-            X = F.normalize(self.proj_v(F_v), dim=-1)  # [B, N, D]
+            X = F.normalize(self.proj_v(F_v), dim=-1)  # [B, N, D], Eq. 1
             Y = F.normalize(self.proj_l(Q_l), dim=-1)  # [B, T, D]
 
             # calculate cosine similarities
@@ -119,16 +119,16 @@ class VISBlock(nn.Module):
 
             # non top-k similarity scores masking
             # & top-k ranked similarities normalization
-            M_hat = M * 1e4 - 1e4  # [B, T, N]
-            S_norm = torch.softmax(S + M_hat, dim=-1)  # [B, T, N]
+            M_hat = M * 1e4 - 1e4  # [B, T, N]; as the pseudocode, where Eq. 2 has minus infinity
+            S_norm = torch.softmax(S + M_hat, dim=-1)  # [B, T, N], Eq. 3
 
             # weighted average summation
-            # ours: the pseudocode expands F_v, M and S_norm to [B, T, N, D] and sums over N: this matrix product
+            # ours: the pseudocode expands F_v, M and S_norm to [B, T, N, D] and sums over N. This is the same
             E = (M * S_norm) @ F_v / K  # [B, T, D]
 
         # the visual expression extracted by the cross-attention with
         # top-k pixels
-        Q_v = self.cross_attention(E, F_v, M_hat)  # [B, T, D]
+        Q_v = self.cross_attention(E, F_v, M_hat)  # [B, T, D]; F_v under M_hat is F_topk of Eq. 4
 
         # considering the visual contexts via the self-attention
         Q_v = self.self_attention(Q_v, Q_v, mask_l)  # [B, T, D]
@@ -158,7 +158,7 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
 class Stepwise(nn.Module):
     """Algorithm 1 in steps: layers and methods. An ablation replaces one of them, a layer by a method of its name.
 
-    As they are, they return what VISBlock returns, bit for bit.
+    As they are, they return what VISBlock returns, on a CPU bit for bit.
     """
 
     layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # those that the ablation has a use for
@@ -331,7 +331,7 @@ class SumOnce(Stepwise):
     """Ours, beyond the paper: E is the weighted mean, not divided by K once more."""
 
     def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
-        return super().pool(M, S_norm, F_v) * M.sum(-1, keepdim=True)
+        return (M * S_norm) @ F_v
 
 
 class Sharp(Stepwise):
