@@ -2530,11 +2530,12 @@ def test_benchmark(capsys):
     vis, literal = VISBlock(*arguments).to(device).eval(), LiteralVISBlock(*arguments).to(device).eval()
     with torch.inference_mode():
         _, _, S, M = vis(F_v, Q_l, mask_l)
+        S_norm = literal.normalise(S, M * 1e4 - 1e4)
         vis_s = seconds({
             "VIS block": lambda: vis(F_v, Q_l, mask_l),
             "VIS block, literally": lambda: literal(F_v, Q_l, mask_l),
-            "weighted sum": lambda: vis.weigh(M, S, F_v),
-            "weighted sum, literally": lambda: literal.weigh(M, S, F_v),
+            "weighted sum": lambda: Stepwise.pool(literal, M, S_norm, F_v),
+            "weighted sum, literally": lambda: literal.pool(M, S_norm, F_v),
         }, repeats=50)  # fmt: skip
 
     memory = {}
