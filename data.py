@@ -27,7 +27,6 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import BertTokenizer
 
@@ -238,14 +237,9 @@ def make_tokenizer(expressions: list[str]) -> BertTokenizer:
 
 def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> dict[str, torch.Tensor]:
     """Expressions -> "input_ids" and "attention_mask", int64 [E, T]; cut to max_tokens, padded to the longest, T."""
-    ids = []
-    for start in range(0, len(expressions), 4096):  # in parts: what the tokenizer returns beside the ids is large
-        part = tokenizer(expressions[start : start + 4096], truncation=True, max_length=max_tokens)
-        ids += map(torch.tensor, part["input_ids"])
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-        "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
-    }
+    names = ("input_ids", "attention_mask")
+    tokens = tokenizer(expressions, truncation=True, max_length=max_tokens, padding=True, return_tensors="pt")
+    return {name: tokens[name] for name in names}
 
 
 # The dataset

@@ -27,10 +27,23 @@ from data import (
     DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, load_batches, open_image, overlay, sheet,
     standardise, to_input, to_rgb, tokenize,
 )  # fmt: skip
-from model import VEGA, newest_run, read_checkpoint, restore
+from model import VEGA, VEGAConfig, newest_run, read_checkpoint, restore
+from selection import RATIOS, VARIANTS
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+COLUMNS = (*(f"P@{t}" for t in THRESHOLDS), "mIoU", "oIoU")
 BATCH_SIZE = 16  # of evaluation; fixed, since another batch may round another way
+TABLE_5 = {  # the paper's scores
+    ("refcoco", "val"): (86.70, 83.69, 78.28, 67.11, 37.24, 76.27, 75.35),
+    ("refcoco", "testA"): (89.00, 86.58, 82.09, 70.48, 37.05, 78.02, 77.97),
+    ("refcoco", "testB"): (82.41, 79.00, 73.17, 63.14, 37.45, 73.02, 71.94),
+    ("refcoco+", "val"): (76.75, 73.63, 68.64, 59.17, 32.48, 67.74, 66.70),
+    ("refcoco+", "testA"): (83.09, 80.65, 75.48, 65.25, 34.19, 72.81, 72.08),
+    ("refcoco+", "testB"): (67.78, 64.45, 58.83, 49.68, 29.37, 60.82, 59.85),
+    ("refcocog-umd", "val"): (75.94, 70.98, 63.99, 51.90, 27.29, 67.22, 65.78),
+    ("refcocog-umd", "test"): (76.13, 71.31, 64.60, 53.25, 27.87, 67.45, 66.93),
+    ("refcocog-google", "val"): (73.22, 68.79, 63.00, 52.77, 27.96, 65.36, 63.49),
+}
 
 
 # Processes and devices
@@ -172,6 +185,18 @@ class Metrics:
         return {**scores, "samples": len(ious)}
 
 
+def of_paper(config: VEGAConfig, dataset: str, split: str) -> dict:
+    """The paper's scores of a base model with this variant and ratio, as `Metrics.compute` names them; may be empty."""
+    variant, scores = VARIANTS[config.variant], ()
+    if config.variant == "vega" and config.ratio == 0.3:
+        scores = TABLE_5.get((dataset, split), ())
+    elif (dataset, split) == ("refcoco", "val") and config.variant == "vega":
+        scores = RATIOS.get(config.ratio, ())
+    elif (dataset, split) == ("refcoco", "val") and config.ratio == 0.3 and variant.oIoU:
+        scores = variant.mIoU, variant.oIoU
+    return dict(zip(COLUMNS[-len(scores) :], scores))
+
+
 def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
     """Do words select for themselves? Of each sentence, from VEGA's output and attention_mask [B, T]:
 
@@ -311,7 +336,7 @@ def common_flags(parser: argparse.ArgumentParser, default: str) -> None:
     flag = parser.add_argument_group("data and device").add_argument
     # fmt: off
     flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder in REFER's format; default: {default}")
-    flag("--data", metavar="DIR", help="where the known datasets are (default: data)")
+    flag("--data", metavar="DIR", default="data", help="where the known datasets are (default: data)")
     flag("--images", metavar="DIR", help="where the dataset's images are, if not where the README says")
     flag("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     flag("--precision", choices=("fp32", "bf16"), help="default: bf16 on cards that have it, else fp32")
@@ -413,12 +438,12 @@ def main(argv: list[str] | None = None) -> dict | None:
     checkpoint = read_checkpoint(checkpoint_file)
     model, tokenizer = restore(checkpoint, device)
     config, settings = model.config, checkpoint["args"]
-    name, data = args.dataset or checkpoint["dataset"], args.data or "data"
+    name = args.dataset or checkpoint["dataset"]
     images = args.images or (None if args.dataset else settings.get("images"))
     precision = resolve_precision(args.precision or checkpoint["precision"], device)
     scores, lines = {}, []
     for split in args.split or ["val"]:
-        dataset = RefDataset(name, split, data, images, tokenizer, config.max_tokens, config.image_size)
+        dataset = RefDataset(name, split, args.data, images, tokenizer, config.max_tokens, config.image_size)
         if args.shuffle_expressions:
             shuffle_expressions(dataset)
         metrics = evaluate(model, dataset, device, precision, settings.get("workers", 0), args.resolution)
@@ -431,10 +456,19 @@ def main(argv: list[str] | None = None) -> dict | None:
     if rank() == 0:
         note = ", expressions shuffled" if args.shuffle_expressions else ""
         print(f"{checkpoint_file}, step {checkpoint['step']}{note}")
-        columns = [f"P@{t}" for t in THRESHOLDS] + ["mIoU", "oIoU"]
-        print(f"{'Dataset':<16}{'split':<8}" + "".join(f"{column:>8}" for column in columns))
-        for split, row in scores.items():
-            print(f"{name:<16}{split:<8}" + "".join(f"{row[column]:>8.2f}" for column in columns))
+        print(f"{'Dataset':<16}{'split':<8}" + "".join(f"{column:>8}" for column in COLUMNS))
+        comparable = settings["model"] == "base" and not args.shuffle_expressions and args.resolution == "input"
+        for split, ours in scores.items():
+            paper = of_paper(config, name, split) if comparable else {}
+            rows = [(name, split, ours)]
+            if paper:
+                rows += [
+                    ("", "paper", paper),
+                    ("", "ours -", {column: ours[column] - paper[column] for column in paper}),
+                ]
+            for first, second, row in rows:
+                cells = (f"{row[column]:>8.2f}" if column in row else " " * 8 for column in COLUMNS)
+                print(f"{first:<16}{second:<8}" + "".join(cells))
         if args.pictures:
             print(f"pictures: {checkpoint_file.parent / '{pictures,words,expressions}-*.png'}")
         if args.json:

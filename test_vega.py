@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import filecmp
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -36,7 +37,7 @@ import evaluate
 import model as model_module
 import train
 from model import VEGA, EarlyFusion, VEGAConfig, VisionEncoder, newest_run, read_checkpoint, restore
-from selection import VARIANTS, Selection, Stepwise, VISBlock, pixel_contrastive_loss
+from selection import RATIOS, VARIANTS, Selection, Stepwise, VISBlock, pixel_contrastive_loss
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # many threads on few and busy cores wait for each other
@@ -2269,11 +2270,11 @@ def test_a_decompression_bomb_is_refused(trained, tmp_path, monkeypatch):
         ),
         ("train.py", ["--dataset", "refcoco"], "instances.json is missing"),
         ("data.py", ["--check", "refcocog-umd"], "instances.json is missing"),
-        ("train.py", ["--variant", "threshold"], "invalid choice: 'threshold'"),
+        ("train.py", ["--variant", "threshold"], "there is no variant 'threshold'; it must be one of vega, linguistic"),
         ("train.py", ["--set", "image_size=130"], "multiple of 4"),
         ("train.py", ["--set", "image_size=large"], "image_size can't be 'large'"),
         ("train.py", ["--set", "coordinates=1"], "coordinates can't be '1'"),
-        ("train.py", ["--set", "sice=1"], "there is no 'sice'; it must be one of image_size"),
+        ("train.py", ["--set", "sice=1"], "there is no 'sice'; it must be one of variant, ratio, image_size"),
         ("train.py", ["--set", "dice=-1"], "must be at least 0"),
         ("train.py", ["--set", "contrastive=nan"], "must be at least 0"),
         ("train.py", ["--resume", "--set", "dice=0"], "this run has dice 1.0, not 0.0"),
@@ -2432,6 +2433,48 @@ def test_what_the_words_select():
         print(*(f"  {name:<24}{np.mean(values):.3g} ({len(values)})" for name, values in found.items()), sep="\n")
         print(*(f"  mIoU of {' '.join(key):<32}{np.mean(scores[key]):.1f} ({len(scores[key])})" for key in sorted(scores)),
               sep="\n")  # fmt: skip
+
+
+def study(folder: Path) -> str:
+    """The paper's ablations beside the runs FOLDER/NAME-SEED on val; NAME is a variant, or ratio-0.1 and so on.
+
+    Of mIoU and oIoU: mean and standard deviation over the seeds, the paper's on RefCOCO, the mean difference to vega's
+    run of the same seed, and its two-sided p by the exact permutation test of the differences' signs.
+    """
+    runs = {}  # name -> seed -> its mIoU and oIoU
+    for file in sorted(folder.glob("*-*/metrics.json")):
+        name, _, seed = file.parent.name.rpartition("-")
+        scores = json.loads(file.read_text())["val"]
+        runs.setdefault(name, {})[seed] = scores["mIoU"], scores["oIoU"]
+    paper = {name: (v.table, v.mIoU, v.oIoU) for name, v in VARIANTS.items()}
+    paper.update({f"ratio-{ratio}": ("6", *scores) for ratio, scores in RATIOS.items()})
+    columns = "".join(f" | {name} (sd) | paper | - vega | p" for name in ("mIoU", "oIoU"))
+    lines = [f"| table | row | n{columns} |", "| --- " * 11 + "|"]
+    for name in filter(runs.get, paper):
+        line = f"| {paper[name][0]} | `{name}` | {len(runs[name])} |"
+        for i in range(2):
+            ours = [scores[i] for scores in runs[name].values()]
+            sd = f" ({statistics.stdev(ours):.2f})" if len(ours) > 1 else ""
+            theirs = paper[name][1 + i]
+            line += f" {np.mean(ours):.2f}{sd} | {f'{theirs:.2f}' if theirs else ''} |"
+            seeds = [] if name == "vega" else runs[name].keys() & runs.get("vega", {}).keys()
+            change = [runs[name][seed][i] - runs["vega"][seed][i] for seed in seeds]
+            line += f" {np.mean(change):+.2f} | {sign_test(change):.3f} |" if change else " | |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def sign_test(differences: list[float]) -> float:
+    """The share of all ways to sign the differences whose sum is as far from zero as theirs."""
+    sums = [sum(signed) for signed in itertools.product(*((d, -d) for d in differences))]
+    return float(np.mean(np.abs(sums) >= abs(sum(differences)) - 1e-9))
+
+
+@pytest.mark.benchmark
+def test_the_study():
+    """The table of the runs in STUDY."""
+    if "STUDY" in os.environ:
+        print("\n" + study(Path(os.environ["STUDY"])))
 
 
 class Encoders(torch.nn.Module):

@@ -36,28 +36,32 @@ from model import (
 )  # fmt: skip
 from selection import VARIANTS
 
-# What a model is trained with unless a flag says otherwise. BERT learns at bert_lr * lr, and the learning rate rises
-# over the first `warmup` of the steps.
-DEFAULTS = dict(batch_size=16, bert_lr=1.0, warmup=0.0, beta2=0.999, weight_decay=0.01, data="data", seed=0)
+# How a model is trained unless a flag says otherwise. BERT learns at bert_lr * lr, and the learning rate rises over the
+# first `warmup` of the steps.
 RECIPES = {
     "tiny": dict(  # ours
-        epochs=5, batch_size=8, lr=1e-3, bert_lr=0.05, warmup=0.05, beta2=0.98, log_every=10, workers=0
+        epochs=5, batch_size=8, lr=1e-3, bert_lr=0.05, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10,
+        workers=0,
     ),
-    "base": dict(epochs=40, lr=3e-5, log_every=50, workers=4),  # Sec. 4.1; ours: weight decay 0.01
-}
-SETTABLE = {"image_size": int, "dropout": float, "drop_path": float, "contrastive": float, "dice": float,
-            "coordinates": {"true": True, "false": False}.__getitem__}  # fmt: skip
+    "base": dict(  # Sec. 4.1; ours: the weight decay
+        epochs=40, batch_size=16, lr=3e-5, bert_lr=1.0, warmup=0.0, beta2=0.999, weight_decay=0.01, log_every=50,
+        workers=4,
+    ),
+}  # fmt: skip
+SETTABLE = {
+    "variant": str, "ratio": float, "image_size": int, "dropout": float, "drop_path": float, "contrastive": float,
+    "dice": float, "coordinates": {"true": True, "false": False}.__getitem__,
+}  # fmt: skip
 STOPPED = 75  # exit status of a run that a signal stopped and --resume goes on with; sysexits.h: try again
-START_FLAGS = ("dataset", "model", "init", "swin", "bert", "no_pretrained")  # of a new run only
-FREE_FLAGS = ("device", "data", "images", "workers", "out", "resume", "resume_anyway")  # may differ after --resume
+START_FLAGS = "dataset model init swin bert no_pretrained".split()  # of a new run only
+FREE_FLAGS = "device data images workers out resume resume_anyway config".split()  # may differ after --resume
 
 
 @command_line
 def main(argv: list[str] | None = None) -> dict:
     """Train, validate and save; returns the best checkpoint's scores, split -> scores in per cent."""
-    args = parse(argv)
-    device = start_processes(args.device)
-    args, out, resumed = open_run(args)
+    device = start_processes(parse(argv).device)
+    args, out, resumed = open_run(argv)
     args.precision = resolve_precision(args.precision, device)
     share = math.ceil(args.batch_size / world())  # images of a step for each process
     micro_batch = min(args.micro_batch or share, share)
@@ -186,7 +190,8 @@ def main(argv: list[str] | None = None) -> dict:
 # What main calls, in its order: the settings
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
+    """The flags. args.config: the fields of VEGAConfig that were given, as a dict."""
     rows = [f"  {name:<22}{v.table:<5}{v.oIoU or '-':>5}  {v.row}" for name, v in VARIANTS.items()]
     variants = "\n".join(["variants, by the paper's table, with its oIoU on RefCOCO val:", *rows,
                           "  --ratio 0.1 to 0.8    6    74.80 to 75.35  number of k"])  # fmt: skip
@@ -196,13 +201,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common_flags(parser, "shapes, generated here")
     # fmt: off
     flag = parser.add_argument_group("training").add_argument
-    flag("--variant", metavar="NAME", choices=VARIANTS, help="an ablation, listed below (default: vega)")
+    flag("--variant", type=lambda name: config_field(f"variant={name}"), dest="config", action="append",
+         metavar="NAME", help="an ablation, listed below (default: vega)")
     flag("--epochs", type=float, help="default: 40 for base, 5 for tiny")
     flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays to zero over them")
     flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1e-3 for tiny)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16 for base, 8 for tiny)")
     flag("--micro-batch", type=int, metavar="N", help="each process takes its share of the batch N images at a time")
-    flag("--seed", type=int, help="of the starting weights, the samples' order and choice, and dropout (default: 0)")
+    flag("--seed", type=int, default=0, help="of the starting weights, the samples' order and choice, and dropout")
     flag("--gradient-checkpointing", action="store_true", help="compute Swin's blocks again in backward: less memory")
     flag("--workers", type=int, help="processes that load images (default: 4 for base, 0 for tiny)")
     flag = parser.add_argument_group("the run").add_argument
@@ -214,25 +220,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
     flag = parser.add_argument_group("the model").add_argument
     flag("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
-    flag("--ratio", type=float, help="share of the pixels that each token selects (default: 0.3; Table 6)")
-    flag("--set", nargs="+", type=config_field, metavar="NAME=VALUE",
-         help=f"other fields of VEGAConfig in model.py: {', '.join(SETTABLE)}")
+    flag("--ratio", type=lambda share: config_field(f"ratio={share}"), dest="config", action="append",
+         help="share of the pixels that each token selects (default: 0.3; Table 6)")
+    flag("--set", type=config_field, dest="config", action="extend", nargs="+", metavar="NAME=VALUE",
+         help=f"any of VEGAConfig's fields {', '.join(SETTABLE)} (see model.py)")
     flag("--init", metavar="CHECKPOINT", help="start from a trained model's weights, words and sizes")
     flag("--swin", metavar="SOURCE", help="weights: a file, or a model's name in timm (base: ImageNet-22K's)")
     flag("--bert", metavar="SOURCE", help="a folder, or a model's name in transformers (base: BERT-base uncased)")
     flag("--no-pretrained", action="store_true", help="start base at random, not from pretrained weights")
     # fmt: on
+    parser.set_defaults(**{**defaults, "config": []})
     args = parser.parse_args(argv)
+    args.config = dict(args.config)
     args.resume = args.resume or args.resume_anyway
     counts = ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every")
     check_numbers(parser, args, at_least_1=counts, at_least_0=("lr", "seed", "workers"))
-    if args.seed is not None and args.seed >= 2**63:
+    if args.seed >= 2**63:
         parser.error("--seed must be below 2 ** 63")
     if args.init and (args.swin or args.bert):
         parser.error("--init brings all weights along: leave --swin and --bert out")
-    named = {"variant": args.variant, "ratio": args.ratio}
-    args.config = {**{name: value for name, value in named.items() if value is not None}, **dict(args.set or ())}
-    del args.variant, args.ratio, args.set
     return args
 
 
@@ -247,47 +253,41 @@ def config_field(text: str) -> tuple[str, int | float | bool]:
         raise argparse.ArgumentTypeError(f"{name} can't be {value!r}") from None
 
 
-def open_run(args: argparse.Namespace) -> tuple[argparse.Namespace, Path, dict | None]:
+def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, Path, dict | None]:
     """All settings, the run's folder, and the checkpoint to go on from: None if the run is new.
 
     Raises InputError if a flag says otherwise than the run to go on with, unless one wants it anyway.
     """
-    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
-    config = given.pop("config")
+    args = parse(argv)
     if args.resume:
         out = Path(args.out) if args.out else newest_run("last.pt").parent
         resumed = read_checkpoint(out / "last.pt")
-        settings = resumed["args"]
-        if args.epochs:
-            given.setdefault("max_steps", None)  # which would else decide
-        now = {**given, **config}
-        then = {**settings, **{name: resumed["config"][name] for name in config}}
-        others = [name for name in now if now[name] != then.get(name) and name not in FREE_FLAGS]
+        before = {**resumed["config"], **resumed["args"]}
+        steps = None if args.epochs else before["max_steps"]  # the later flag of the two decides
+        args = parse(argv, **{**resumed["args"], "max_steps": steps})
+        now = {**vars(args), **args.config}
+        others = [name for name in now if now[name] != before.get(name) and name not in FREE_FLAGS]
         fixed = set(others) & set(START_FLAGS)
         if fixed or others and not args.resume_anyway:
-            told = "; ".join(f"{name} {then.get(name)}, not {now[name]}" for name in others)
+            told = "; ".join(f"{name} {before.get(name)}, not {now[name]}" for name in others)
             way = "start another run, perhaps with --init" if fixed else "add --resume-anyway"
             raise InputError(f"this run has {told}: leave such flags out to go on with it, or {way}")
-    else:
-        resumed, settings = None, settings_of_preset(given)
-        name = f"{Path(settings['dataset']).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        out = gather(Path(args.out or f"runs/{name}"))[0]  # the clock of rank 0 names the run
-        if any((out / file).exists() for file in ("last.pt", "best.pt", "metrics.json")):
-            raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or delete it")
-    return argparse.Namespace(**{**vars(args), **DEFAULTS, **settings, **given, "config": config}), out, resumed
+        return args, out, resumed
 
-
-def settings_of_preset(given: dict) -> dict:
-    """The settings of a new run that follow from the flags given: dataset, model, its recipe and pretrained weights."""
-    dataset = given.get("dataset", "shapes")
-    model = "tiny" if dataset == "shapes" else "base"
-    if "init" in given:
-        model = read_checkpoint(given["init"])["args"]["model"]
-    model = given.get("model", model)
-    settings = {"dataset": dataset, "model": model, **RECIPES[model]}
-    if model == "base" and "init" not in given and "no_pretrained" not in given:
-        settings.update(swin=PRETRAINED_SWIN, bert=PRETRAINED_BERT)
-    return settings
+    dataset = args.dataset or "shapes"
+    preset = "tiny" if dataset == "shapes" else "base"
+    if args.init:
+        preset = read_checkpoint(args.init)["args"]["model"]
+    preset = args.model or preset
+    weights = {}
+    if preset == "base" and not args.init and not args.no_pretrained:
+        weights = {"swin": PRETRAINED_SWIN, "bert": PRETRAINED_BERT}
+    args = parse(argv, dataset=dataset, model=preset, **RECIPES[preset], **weights)
+    name = f"{Path(dataset).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = gather(Path(args.out or f"runs/{name}"))[0]  # the clock of rank 0 names the run
+    if any((out / file).exists() for file in ("last.pt", "best.pt", "metrics.json")):
+        raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or delete it")
+    return args, out, None
 
 
 # The batches, the model and its optimiser
