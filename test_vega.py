@@ -329,13 +329,18 @@ def test_a_variant_differs_from_vega_as_its_row_says(name):
 
 
 def test_variants_name_their_rows():
-    """Tables 2, 3 and 4, typed from the paper."""
-    oIoU = {"2": {73.31, 73.91, 75.35}, "3a": {74.16, 74.58}, "3b": {73.84, 74.86, 74.93}, "4a": {74.81}}
-    oIoU |= {"4b": {74.92}, "4c": {75.05}, "4d": {74.97, 75.14}, "4e": {74.23}}
-    oIoU |= {"ours": {None}}
-    assert {v.table for v in VARIANTS.values()} == set(oIoU)
-    for table, rows in oIoU.items():
-        assert {v.oIoU for v in VARIANTS.values() if v.table == table} == rows
+    """Tables 2, 3, 4 and 6, typed from the paper: mIoU and oIoU."""
+    paper = {
+        "2": {(75.16, 73.31), (76.06, 73.91), (76.28, 75.35)}, "3a": {(76.02, 74.16), (76.04, 74.58)},
+        "3b": {(75.83, 73.84), (76.10, 74.86), (76.13, 74.93)}, "4a": {(76.15, 74.81)}, "4b": {(76.24, 74.92)},
+        "4c": {(76.23, 75.05)}, "4d": {(76.18, 74.97), (76.22, 75.14)}, "4e": {(76.11, 74.23)}, "ours": {(None, None)},
+    }  # fmt: skip
+    assert {v.table for v in VARIANTS.values()} == set(paper)
+    for table, rows in paper.items():
+        assert {(v.mIoU, v.oIoU) for v in VARIANTS.values() if v.table == table} == rows
+    mIoU = (76.11, 76.08, 76.27, 76.24, 76.22, 76.16, 76.08, 76.03)
+    assert list(RATIOS) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8] and [v for v, _ in RATIOS.values()] == list(mIoU)
+    assert [oIoU for _, oIoU in RATIOS.values()] == [74.82, 75.02, 75.35, 75.28, 75.14, 75.12, 74.97, 74.80]
     for name, variant in VARIANTS.items():
         if name in OURS:
             assert "Ours, beyond the paper" in variant.block.__doc__
@@ -2354,6 +2359,100 @@ def test_cuda_trains_and_evaluates(precision, small, tmp_path):
     scores = train.main([*command, "--device", "cuda", "--out", str(tmp_path / "run")])
     on_cpu = evaluate.main(["--data", str(small), "--checkpoint", str(tmp_path / "run" / "best.pt"), "--device", "cpu"])
     assert scores["val"]["mIoU"] == pytest.approx(on_cpu["val"]["mIoU"], abs=1 if precision == "fp32" else 5)
+
+
+PAPERS_TABLE_5 = """
+refcoco val 86.70 83.69 78.28 67.11 37.24 76.27 75.35
+refcoco testA 89.00 86.58 82.09 70.48 37.05 78.02 77.97
+refcoco testB 82.41 79.00 73.17 63.14 37.45 73.02 71.94
+refcoco+ val 76.75 73.63 68.64 59.17 32.48 67.74 66.70
+refcoco+ testA 83.09 80.65 75.48 65.25 34.19 72.81 72.08
+refcoco+ testB 67.78 64.45 58.83 49.68 29.37 60.82 59.85
+refcocog-umd val 75.94 70.98 63.99 51.90 27.29 67.22 65.78
+refcocog-umd test 76.13 71.31 64.60 53.25 27.87 67.45 66.93
+refcocog-google val 73.22 68.79 63.00 52.77 27.96 65.36 63.49
+"""  # typed from the paper
+
+
+def test_the_papers_row_stands_under_a_base_models_scores(trained, tmp_path, capsys):
+    paper = [row.split() for row in PAPERS_TABLE_5.split("\n") if row]
+    table = [[*key, *(f"{score:.2f}" for score in row)] for key, row in evaluate.TABLE_5.items()]
+    assert table == paper
+
+    (best,) = (trained / "runs").glob("*/best.pt")
+    checkpoint = read_checkpoint(best)
+    folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
+    flags = ["--checkpoint", str(tmp_path / "x.pt"), "--dataset", "refcoco", "--data", str(folder), "--split", "val", "testA"]
+
+    def printed(model="base", variant="vega", ratio=0.3, *more) -> tuple[dict, list]:
+        """The scores, and the printed lines below the heading; no base model is at hand, so a tiny one says that it is."""
+        checkpoint["args"]["model"] = model
+        checkpoint["config"].update(variant=variant, ratio=ratio)
+        torch.save(checkpoint, tmp_path / "x.pt")
+        capsys.readouterr()
+        scores = evaluate.main([*flags, *more])
+        return scores, [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+
+    scores, lines = printed()
+    assert [line[0] for line in lines] == ["refcoco", "paper", "ours"] * 2
+    assert lines[1][1:] == paper[0][2:] and lines[4][1:] == paper[1][2:]
+    assert float(lines[2][-1]) == pytest.approx(scores["val"]["oIoU"] - 75.35, abs=0.006)
+    assert float(lines[5][2]) == pytest.approx(scores["testA"]["P@0.5"] - 89.00, abs=0.006)
+    for settings in (("unmasked-softmax", 0.3), ("vega", 0.5)):  # Table 4d and Table 6, of val alone
+        _, lines = printed("base", *settings)
+        assert lines[1] == ["paper", "76.22", "75.14"] and [line[0] for line in lines[2:]] == ["ours", "refcoco"]
+    for silent in (("tiny",), ("base", "unmasked-softmax", 0.5), ("base", "vega", 0.35),
+                   ("base", "vega", 0.3, "--shuffle-expressions"), ("base", "vega", 0.3, "--resolution", "original")):  # fmt: skip
+        assert [line[0] for line in printed(*silent)[1]] == ["refcoco"] * 2
+    assert evaluate.of_paper(VEGAConfig(variant="sharp"), "refcoco", "val") == {}
+
+
+def test_the_table_of_a_study_is_right(tmp_path):
+    """Worked out by hand. vega 74, 75, 77; no-cues 73, 73, 76: differences -1, -2, -1, and all of one sign in 2 of 8."""
+    for name, scores in {"vega": (74, 75, 77), "no-cues": (73, 73, 76), "ratio-0.1": (75, 70), "sharp": (80,)}.items():
+        for seed, mIoU in enumerate(scores):
+            (tmp_path / f"{name}-{seed}").mkdir()
+            row = {"mIoU": mIoU, "oIoU": mIoU - 10 + (seed == 1 and name == "no-cues") * 5}
+            (tmp_path / f"{name}-{seed}" / "metrics.json").write_text(json.dumps({"val": row, "testA": {}}))
+    (tmp_path / "vega-3").mkdir()  # not done
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in study(tmp_path).splitlines()[2:]]
+    assert rows == [
+        ["2", "`vega`", "3", "75.33 (1.53)", "76.28", "", "", "65.33 (1.53)", "75.35", "", ""],
+        # oIoU: differences -1, +3, -1, whose sum of 1 is reached by all but none of the 8: |1|, |3|, |5|
+        ["3b", "`no-cues`", "3", "74.00 (1.73)", "75.83", "-1.33", "0.250", "65.67 (2.52)", "73.84", "+0.33", "1.000"],
+        ["ours", "`sharp`", "1", "80.00", "", "+6.00", "1.000", "70.00", "", "+6.00", "1.000"],
+        # +1 and -5: of sums 4, 4, 6, 6 all are as large
+        ["6", "`ratio-0.1`", "2", "72.50 (3.54)", "76.11", "-2.00", "1.000", "62.50 (3.54)", "74.82", "-2.00", "1.000"],
+    ]
+
+
+@pytest.mark.slow
+def test_the_study_of_the_readme_goes_on_where_it_was_killed(small, tmp_path):
+    """Its command on three runs of 30 steps, killed when the first is done and another has a checkpoint."""
+    (script,) = (
+        block for block in re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL) if "xargs" in block
+    )
+    train_it = f"{HERE / 'train.py'} --data {small} --max-steps 30 --checkpoint-every 2 {' '.join(RUN)}"
+    script = re.sub('rows="[^"]*"', 'rows="vega no-cues ratio-0.1"', script.replace('seeds="0 1 2"', 'seeds="0"'))
+    script = re.sub(r"python train\.py|(?<=\s)(python|pytest) ", lambda found: f"{sys.executable} " + {
+        "python train.py": train_it, "python ": "", "pytest ": f"-m pytest {HERE / 'test_vega.py'} "}[found[0]], script)  # fmt: skip
+
+    def begin():
+        return subprocess.Popen(
+            ["bash", "-c", script], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+    process, runs = begin(), tmp_path / "runs" / "study"
+    wait_until(lambda: list(runs.glob("*/metrics.json")) and len(list(runs.glob("*/last.pt"))) > 1, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = {file: file.stat().st_mtime_ns for out in runs.glob("*/metrics.json") for file in out.parent.iterdir()}
+    printed = begin().communicate(timeout=900)[0]
+    assert all(file.stat().st_mtime_ns == written for file, written in done.items())
+    for name in ("vega-0", "no-cues-0", "ratio-0.1-0"):
+        assert [line["step"] for line in log_of(runs / name) if "lr" in line] == list(range(1, 31)), name
+    assert re.findall(r"^\| \w+ \| `([\w.-]+)` \| 1 \|", printed, re.MULTILINE) == ["vega", "no-cues", "ratio-0.1"], printed
 
 
 # Measurements: pytest -m benchmark -s
