@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import BertTokenizer
 
@@ -285,13 +285,14 @@ def pictures(
     model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, metrics: Metrics, device: torch.device, folder: Path,
     name: str, count: int,
 ) -> None:  # fmt: skip
-    """Write three sheets; no sample is chosen by hand. metrics: of the whole split.
+    """Write four sheets; no sample is chosen by hand. metrics: of the whole split.
 
     pictures-NAME.png     `count` samples at even distances: image, ground truth, prediction, how similar each pixel is
                           to [CLS] (bright: most), the pixels that [CLS] selected
     words-NAME.png        the pixels that each token selected (the paper's Figure 3), in the sample whose words' pixels
-                          are least [CLS]'s
+                          are least [CLS]'s, and its features in the plane (Figure 5)
     expressions-NAME.png  the image in the middle under each of its expressions (Figures 7 and 9)
+    ratios-NAME.png       the sample in the middle, if the same model selects 10, 30, 50 or 80 % (Figure 4)
     """
 
     def look(index: int) -> tuple[str, list]:
@@ -309,6 +310,8 @@ def pictures(
             tiles.append(("similarity to [CLS]", heat))
             tokens = tokenizer.convert_ids_to_tokens(item["input_ids"][item["attention_mask"] == 1])
             tiles += [(f"selected by {token}", overlay(image, m, WHITE)) for token, m in zip(tokens, M)]
+        if output["F_v"] is not None:
+            tiles.append(("features in the plane", feature_map(output, item["mask"])))
         return f"{dataset.expressions[index]}   (IoU {100 * metrics.samples[index]['iou']:.0f})", tiles
 
     def write(view: str, indices: list[int]) -> None:
@@ -326,6 +329,40 @@ def pictures(
     if shared in least["measures"]:
         title += f"   {least['measures'][shared]:.0f} % of a word's pixels are [CLS]'s too"
     sheet(folder / f"words-{name}.png", [(title * (i == 0), tiles[i : i + 5]) for i in range(0, len(tiles), 5)])
+
+    rows, ratio = [], model.vis.ratio
+    for model.vis.ratio in (0.1, 0.3, 0.5, 0.8):
+        rows.append((f"ratio {model.vis.ratio}", look(len(dataset) // 2)[1][:5]))
+    model.vis.ratio = ratio
+    if len(rows[0][1]) == 5:  # of a variant that selects
+        sheet(folder / f"ratios-{name}.png", rows)
+
+
+def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Image:
+    """A sample's features in the plane of their first two principal components (the paper's Figure 5 has a t-SNE).
+
+    Orange: pixels of the target; blue: others; green: wrongly predicted; purple: linguistic tokens; red: visual
+    expression. output: VEGA's, of one sample; target: bool [H, W].
+    """
+    F_v, (G, mask_G, *_) = output["F_v"][0], output["selection"]
+    width = math.isqrt(len(F_v))
+    truth, prediction = (
+        F.interpolate(mask[None, None].float(), (width, width), mode="area").flatten() > 0.5
+        for mask in (target.to(F_v.device), output["logits"][0] > 0)
+    )
+    T = output["tokens"].shape[1]
+    kinds = torch.cat([torch.where(truth != prediction, 2, 1 - truth.int()), torch.full_like(mask_G[0], 4)])
+    kinds[len(F_v) : len(F_v) + T] = 3
+    real = F.pad(mask_G[0], (len(F_v), 0), value=1) > 0
+    features = torch.cat([F_v, G[0]])[real]
+    _, _, axes = torch.pca_lowrank(features, q=2, niter=10)
+    points = (features - features.mean(0)) @ axes  # [N + tokens, 2]
+    points = (points - points.amin(0)) / (points.amax(0) - points.amin(0)).clamp(min=1e-6) * (side - 20) + 10
+    shown = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(shown)
+    for (x, y), kind in zip(points.tolist(), kinds[real].tolist()):
+        draw.circle((x, y), 5 if kind < 3 else 8, ("orange", "lightskyblue", "limegreen", "purple", "red")[kind])
+    return shown
 
 
 # The command
@@ -470,7 +507,7 @@ def main(argv: list[str] | None = None) -> dict | None:
                 cells = (f"{row[column]:>8.2f}" if column in row else " " * 8 for column in COLUMNS)
                 print(f"{first:<16}{second:<8}" + "".join(cells))
         if args.pictures:
-            print(f"pictures: {checkpoint_file.parent / '{pictures,words,expressions}-*.png'}")
+            print(f"pictures: {checkpoint_file.parent / '{pictures,words,expressions,ratios}-*.png'}")
         if args.json:
             Path(args.json).write_text(json.dumps(scores, indent=2))
         if args.per_sample:

@@ -257,6 +257,7 @@ class VEGA(nn.Module):
         Returns a dict:
             "logits": [B, H, W], positive on the target.
             "tokens": [B, T, D] BERT's, which have not looked at the image.
+            "F_v": [B, N, D] the vision features that the tokens select from; None in Table 2, row 1.
             "selection": Selection, see selection.py.
             "similarity": [B, H_4, W_4] the similarities of [CLS] as a map, the s of Eq. 5; None if nothing is selected.
         """
@@ -270,7 +271,7 @@ class VEGA(nn.Module):
         logits = self.decoder(features, selection.G, selection.mask_G)  # [B, H / 4, W / 4]
         logits = F.interpolate(logits.float()[:, None], image.shape[-2:], mode="bilinear")[:, 0]  # [B, H, W]
         similarity = None if selection.S is None else selection.S[:, 0].unflatten(1, features[-1].shape[1:3])
-        return {"logits": logits, "tokens": tokens, "selection": selection, "similarity": similarity}
+        return {"logits": logits, "tokens": tokens, "F_v": F_v, "selection": selection, "similarity": similarity}
 
     def loss(self, output: dict, mask: Tensor) -> dict:
         """output of `forward`, mask [B, H, W] 1 on the target -> scalars: "loss" and its terms, "bce" and others."""

@@ -1507,7 +1507,7 @@ def test_training_leaves_what_the_readme_says(trained):
         "metrics.json",
         *(
             f"{view}-{split}.png"
-            for view in ("pictures", "words", "expressions")
+            for view in ("pictures", "words", "expressions", "ratios")
             for split in ("val", "testA", "testB")
         ),
     }
