@@ -124,15 +124,10 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     try:
         mask = np.zeros((height, width), dtype=bool)
         for part in [segmentation] if isinstance(segmentation, dict) else segmentation:
-            if isinstance(part, dict):
-                mask |= decode_rle(part, height, width)
-            else:
-                mask |= fill_polygon(part, height, width)
+            mask |= (decode_rle if isinstance(part, dict) else fill_polygon)(part, height, width)
         return mask
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise InputError(
-            f"a segmentation can't be drawn; it must be a list of polygons [x0, y0, x1, y1, ..] or of RLEs ({error})"
-        ) from None
+        raise InputError(f"it can't be drawn, as no list of polygons [x0, y0, x1, y1, ..] or of RLEs ({error})") from None
 
 
 def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> np.ndarray:
@@ -302,9 +297,8 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
         place = {image_id: number for number, image_id in enumerate(entries)}
         refs = sorted(enumerate(refs), key=lambda pair: place.get(pair[1]["image_id"], -1))  # an image's side by side
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{instances_file} is not JSON, or it or {refs_file} is not in REFER's format ({error!r})"
-        ) from None
+        told = f"{instances_file} is not JSON, or it or {refs_file} is not in REFER's format"
+        raise InputError(f"{told} ({error!r})") from None
     folders = [Path(images)] if images else folders
     some = [str(image["file_name"]) for image in instances["images"][:20]]
     folder = max(folders, key=lambda folder: sum((folder / file).is_file() for file in some))
@@ -371,10 +365,8 @@ class RefDataset(torch.utils.data.Dataset):
         self.name, self.split = name, split
         objects, self.folder = read_dataset(name, str(data), images)
         if split not in objects:
-            raise InputError(
-                f'{name} has no split {split!r}; it has {", ".join(objects) or "none"}. The "split" of its refs must '
-                f"be 'train' for those to train on, 'val' for those to validate on, and any other name for tests"
-            )
+            told = f"{name} has no split {split!r}; it has {', '.join(objects) or 'none'}"
+            raise InputError(f"{told}. Refs to train on have the split 'train', those to validate on 'val'")
         self.objects = objects[split]
         self.sentences = [(number, raw) for number, item in enumerate(self.objects) for raw in item.sentences]
         self.first = np.cumsum([0] + [len(item.sentences) for item in self.objects])  # sentence of each object
