@@ -29,7 +29,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, ImageColor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import data
@@ -2424,6 +2424,22 @@ def test_the_table_of_a_study_is_right(tmp_path):
         # +1 and -5: of sums 4, 4, 6, 6 all are as large
         ["6", "`ratio-0.1`", "2", "72.50 (3.54)", "76.11", "-2.00", "1.000", "62.50 (3.54)", "74.82", "-2.00", "1.000"],
     ]
+
+
+def test_the_feature_map_shows_each_kind_in_its_colour():
+    """2 x 2 pixels: one of the target, one of it missed, two others; two tokens and one of padding, twice."""
+    F_v = torch.tensor([[[1.0, 0, 0], [0, 5, 0], [0, 5, 3], [9, 0, 3]]])
+    Q_l = torch.tensor([[[3.0, 9, 0], [9, 9, 1], [7, 7, 7]]])
+    selection = Selection(torch.cat([Q_l, Q_l + 2], 1), torch.tensor([[1, 1, 0] * 2]), None, None)
+    target, logits = torch.zeros(8, 8, dtype=torch.bool), -torch.ones(1, 8, 8)
+    target[:4], logits[0, :4, :4] = True, 1.0
+    output = {"F_v": F_v, "tokens": Q_l, "selection": selection, "logits": logits}
+    shown = np.asarray(evaluate.feature_map(output, target))
+    expected = {"orange": 1, "limegreen": 1, "lightskyblue": 2, "purple": 2, "red": 2}
+    for colour, count in expected.items():
+        area = (shown == ImageColor.getrgb(colour)).all(-1).sum()
+        one = math.pi * (5 if colour in ("orange", "limegreen", "lightskyblue") else 8) ** 2
+        assert area == pytest.approx(count * one, rel=0.25), colour
 
 
 @pytest.mark.slow
