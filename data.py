@@ -75,7 +75,7 @@ DATASETS = {  # the sizes: TensorFlow Datasets' documentation of ref_coco
 }  # fmt: skip
 COCO_IMAGES = ("images/train2014", "images/mscoco/images/train2014")  # under --data
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
-REACH = 1_000_000  # pixels from the origin round a polygon and back, at most; to draw that takes 0.4 GB
+REACH = 1_000_000  # pixels of a polygon's outline, at most, and of the way to it; to draw that takes 0.4 GB
 
 
 # Reading: pickles, masks, images
@@ -101,7 +101,7 @@ def read_refs(path: Path) -> list[dict]:
             refs = PlainUnpickler(io.BytesIO(content), encoding="utf-8", errors="as latin-1").load()
         if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
             raise TypeError("not a list of dicts")
-        values = [refs]  # all that it holds: a pickle that repeats a list by reference could unfold to more than fits
+        values = [refs]  # all that it holds: a pickle that repeats a list by reference can unfold without end
         for value in values:
             if isinstance(value, dict):
                 values += value.values()
@@ -127,7 +127,9 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
             mask |= (decode_rle if isinstance(part, dict) else fill_polygon)(part, height, width)
         return mask
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise InputError(f"it can't be drawn, as no list of polygons [x0, y0, x1, y1, ..] or of RLEs ({error})") from None
+        raise InputError(
+            f"it can't be drawn, as no list of polygons [x0, y0, x1, y1, ..] or of RLEs ({error})"
+        ) from None
 
 
 def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> np.ndarray:
@@ -264,7 +266,7 @@ def locate(name: str, data: Path) -> tuple[Path, list[Path]]:
 
 
 class Referred(NamedTuple):
-    """An object that sentences refer to, kept small: loader processes share it until they touch it."""
+    """An object that sentences refer to, kept small, for loader processes may copy it."""
 
     ref_id: int
     image_id: int | str
@@ -280,7 +282,7 @@ class Referred(NamedTuple):
 def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[str, list[Referred]], Path]:
     """split -> its objects, those of an image side by side, and the folder of the images.
 
-    What REFER's files always have and a file of one's own may leave out is filled in: ids, and an image's size.
+    Ids and an image's size, which a file of one's own may leave out, are filled in.
     """
     refs_file, folders = locate(name, Path(data))
     instances_file = refs_file.with_name("instances.json")
@@ -300,8 +302,8 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
         told = f"{instances_file} is not JSON, or it or {refs_file} is not in REFER's format"
         raise InputError(f"{told} ({error!r})") from None
     folders = [Path(images)] if images else folders
-    some = [str(image["file_name"]) for image in instances["images"][:20]]
-    folder = max(folders, key=lambda folder: sum((folder / file).is_file() for file in some))
+    sample = [str(image["file_name"]) for image in instances["images"][:20]]
+    folder = max(folders, key=lambda folder: sum((folder / file).is_file() for file in sample))
     if not folder.is_dir():
         raise InputError(f"there is no image folder {folders[0]}: say where the images of {name} lie with --images DIR")
 
@@ -325,7 +327,7 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
                 raise ValueError(f"its split must be a name of letters and digits, not {ref['split']!r}")
             sentences = ref["sentences"] if isinstance(ref["sentences"], (list, tuple)) else []
             sentences = [one if isinstance(one, dict) else {"raw": one} for one in sentences]
-            if not sentences or not all(isinstance(one["raw"], str) for one in sentences):  # blank ones count
+            if not sentences or not all(isinstance(one["raw"], str) for one in sentences):  # blank ones are kept
                 raise ValueError("its sentences must be a list of one or more texts")
             item = Referred(
                 ref_id, ref["image_id"], image["file_name"], height, width,
@@ -369,10 +371,10 @@ class RefDataset(torch.utils.data.Dataset):
             raise InputError(f"{told}. Refs to train on have the split 'train', those to validate on 'val'")
         self.objects = objects[split]
         self.sentences = [(number, raw) for number, item in enumerate(self.objects) for raw in item.sentences]
-        self.first = np.cumsum([0] + [len(item.sentences) for item in self.objects])  # sentence of each object
+        self.first = np.cumsum([0] + [len(item.sentences) for item in self.objects])  # of an object's sentences
         self.image_size, self.training, self.seed = image_size, training, seed
         self.tokens = tokenize(tokenizer, self.expressions, max_tokens) if tokenizer else {}
-        self.decoded = (None, None)  # the last image's id and input
+        self.decoded = (None, None)  # the last image's id and input, for its next sentence
 
     @property
     def expressions(self) -> list[str]:
@@ -407,7 +409,7 @@ class RefDataset(torch.utils.data.Dataset):
         return self.objects[self.sentences[index][0]]
 
     def image(self, index: int) -> Image.Image:
-        """The image of sentence `index`, RGB at its own size. Raises InputError if instances.json has another shape."""
+        """The image of sentence `index`, RGB at its own size. Raises InputError if its shape is not as stated."""
         item = self.object(index)
         file = self.folder / item.file_name
         image = open_image(file, read=lambda opened: to_rgb(opened, upright=False))  # as COCO's masks lie on it
@@ -417,7 +419,7 @@ class RefDataset(torch.utils.data.Dataset):
         return image
 
     def mask(self, index: int) -> np.ndarray:
-        """The target of sentence `index`, bool at the image's own size."""
+        """The target of sentence `index`, bool at the size that instances.json gives."""
         item = self.object(index)
         try:
             return rasterize(json.loads(item.segmentation), item.height, item.width)
@@ -429,17 +431,17 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
     """An iterator over the batches, which are lists of items or a batch sampler."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
-        generator=torch.Generator().manual_seed(0), worker_init_fn=leave_process_group,
+        generator=torch.Generator(), worker_init_fn=leave_process_group,
     )  # fmt: skip
     gc.collect()
-    gc.freeze()  # the loader's processes leave alone the memory that they share with this one: no garbage search there
+    gc.freeze()  # what exists now is no garbage of the loader's processes: a search would copy all of it to each
     iterator = iter(loader)
     gc.unfreeze()
     return iterator
 
 
 def leave_process_group(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM go to whole groups, but who is told to stop may still want this loader's images."""
+    """Keep Ctrl-C and torchrun's SIGTERM, which go to whole groups, from the loader: the step is finished first."""
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
 

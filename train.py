@@ -36,15 +36,15 @@ from model import (
 )  # fmt: skip
 from selection import VARIANTS
 
-# How a model is trained unless a flag says otherwise. BERT learns at bert_lr * lr, and the learning rate rises over the
-# first `warmup` of the steps.
+# How a model is trained unless a flag says otherwise. BERT learns at bert_factor * lr, and the learning rate
+# rises over the first `warmup` of the steps.
 RECIPES = {
     "tiny": dict(  # ours
-        epochs=4, batch_size=8, lr=1.2e-3, bert_lr=0.05, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10,
+        epochs=4, batch_size=8, lr=1.2e-3, bert_factor=0.05, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10,
         workers=0,
     ),
-    "base": dict(  # Sec. 4.1; ours: the weight decay
-        epochs=40, batch_size=16, lr=3e-5, bert_lr=1.0, warmup=0.0, beta2=0.999, weight_decay=0.01, log_every=50,
+    "base": dict(  # Sec. 4.1: epochs, batch size, lr; the others are ours
+        epochs=40, batch_size=16, lr=3e-5, bert_factor=1.0, warmup=0.0, beta2=0.999, weight_decay=0.01, log_every=50,
         workers=4,
     ),
 }  # fmt: skip
@@ -53,8 +53,8 @@ SETTABLE = {
     "dice": float, "coordinates": {"true": True, "false": False}.__getitem__,
 }  # fmt: skip
 STOPPED = 75  # exit status of a run that a signal stopped and --resume goes on with; sysexits.h: try again
-START_FLAGS = "dataset model init swin bert no_pretrained".split()  # of a new run only
-FREE_FLAGS = "device data images workers out resume resume_anyway config".split()  # may differ after --resume
+START_FLAGS = "dataset model init swin bert no_pretrained".split()  # fixed when a run starts
+FREE_FLAGS = "device data images workers out resume resume_anyway config".split()  # may change on --resume
 
 
 @command_line
@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> dict:
     device = start_processes(parse(argv).device)
     args, out, resumed = open_run(argv)
     args.precision = resolve_precision(args.precision, device)
-    share = math.ceil(args.batch_size / world())  # images of a step for each process
-    micro_batch = min(args.micro_batch or share, share)
-    parts = share // micro_batch
+    per_process = math.ceil(args.batch_size / world())  # images of a step
+    micro_batch = min(args.micro_batch or per_process, per_process)
+    parts = per_process // micro_batch  # micro-batches of a step
     if args.batch_size % (world() * micro_batch):
         whole = f"{world()} process(es) x {micro_batch} images"
         raise InputError(f"--batch-size {args.batch_size} is no multiple of {whole}")
@@ -105,12 +105,12 @@ def main(argv: list[str] | None = None) -> dict:
         f"{args.batch_size} on {world()} x {device.type}, {args.precision}; run: {out}")  # fmt: skip
     cut_log(out / "log.jsonl", done)
 
-    def save(name: str, step: int) -> None:
+    def save(file: str, step: int) -> None:
         """Write all that a resumed run needs, as it is now; reading it needs no other file."""
         names = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
         text_rules = {name: getattr(tokenizer, name) for name in names}  # how it cuts a text
         if rank() == 0:
-            save_checkpoint(out / name, {
+            save_checkpoint(out / file, {
                 "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": args.precision,
                 "config": dataclasses.asdict(config), "args": vars(args), "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "sums": progress.sums, "logged_step": progress.logged_step,
@@ -127,14 +127,14 @@ def main(argv: list[str] | None = None) -> dict:
             # one step
             lr = learning_rate(step, total, args)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["share"]
-            torch.manual_seed(((args.seed << 40) + (step << 12) + rank()) % 2**64)  # dropout depends on the step alone
+                group["lr"] = lr * group["factor"]
+            torch.manual_seed(((args.seed << 40) + (step << 12) + rank()) % 2**64)  # dropout: the same after --resume
             model.train()
             optimizer.zero_grad()
-            for first in range(0, share, micro_batch):
+            for first in range(0, per_process, micro_batch):
                 part = {name: values[first : first + micro_batch] for name, values in batch.items()}
-                # the processes' gradients meet once, in the last part
-                parallel.require_backward_grad_sync = first + micro_batch == share
+                # DDP averages the processes' gradients in the last part alone
+                parallel.require_backward_grad_sync = first + micro_batch == per_process
                 with autocast(device, args.precision):
                     output = parallel(*model_inputs(part, device))
                 losses = model.loss(output, part["mask"].to(device, non_blocking=True))
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> dict:
                 if scores["oIoU"] > best:  # ours: the best by oIoU on val
                     best = scores["oIoU"]
                     save("best.pt", step)
-                stopping = in_any_process(bool(received))  # a validation lasts
+                stopping = in_any_process(bool(received))  # a signal may have come meanwhile
             if saving:
                 save("last.pt", step)
             if stopping:
@@ -217,7 +217,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     flag("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
     flag = parser.add_argument_group("the model").add_argument
     flag("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
-    flag("--ratio", type=lambda share: config_field(f"ratio={share}"), dest="config", action="append",
+    flag("--ratio", type=lambda ratio: config_field(f"ratio={ratio}"), dest="config", action="append",
          help="share of the pixels that each token selects (default: 0.3; Table 6)")
     flag("--set", type=config_field, dest="config", action="extend", nargs="+", metavar="NAME=VALUE",
          help=f"any of VEGAConfig's fields {', '.join(SETTABLE)} (see model.py)")
@@ -226,7 +226,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     flag("--bert", metavar="SOURCE", help="a folder, or a model's name in transformers (base: BERT-base uncased)")
     flag("--no-pretrained", action="store_true", help="start base at random, not from pretrained weights")
     # fmt: on
-    parser.set_defaults(**{**defaults, "config": []})
+    parser.set_defaults(**{**defaults, "config": []})  # defaults: also what has no flag
     args = parser.parse_args(argv)
     args.config = dict(args.config)
     args.resume = args.resume or args.resume_anyway
@@ -253,14 +253,15 @@ def config_field(text: str) -> tuple[str, int | float | bool]:
 def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, Path, dict | None]:
     """All settings, the run's folder, and the checkpoint to go on from: None if the run is new.
 
-    Raises InputError if a flag says otherwise than the run to go on with, unless one wants it anyway.
+    The flags are parsed again when their defaults are known: a recipe, or the settings of the run to go on with.
+    Raises InputError if a flag contradicts that run, unless --resume-anyway allows it.
     """
     args = parse(argv)
     if args.resume:
         out = Path(args.out) if args.out else newest_run("last.pt").parent
         resumed = read_checkpoint(out / "last.pt")
         before = {**resumed["config"], **resumed["args"]}
-        steps = None if args.epochs else before["max_steps"]  # the later flag of the two decides
+        steps = None if args.epochs else before["max_steps"]  # --epochs takes the place of an earlier --max-steps
         args = parse(argv, **{**resumed["args"], "max_steps": steps})
         now = {**vars(args), **args.config}
         others = [name for name in now if now[name] != before.get(name) and name not in FREE_FLAGS]
@@ -290,18 +291,18 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, Path, dict | N
 # The batches, the model and its optimiser
 
 
-def training_batches(objects: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world: int = 1):
-    """For every step from `start` to `stop` this rank's slice of the global batch, a list of (epoch, object).
+def training_batches(objects: int, batch_size: int, start: int, stop: int, seed: int, part: int = 0, parts: int = 1):
+    """For every step from `start` to `stop` one part of the global batch, a list of (epoch, object).
 
-    The order of each epoch is drawn from (seed, epoch); an incomplete last batch is left for the next shuffle.
+    The order of each epoch is drawn from (seed, epoch); what does not fill a last batch is left out.
     """
-    share = batch_size // world
+    size = batch_size // parts
     for step in range(start, stop):
         epoch, batch = divmod(step, objects // batch_size)
         if batch == 0 or step == start:
             order = np.random.default_rng((seed, epoch)).permutation(objects)
-        first = batch * batch_size + rank * share
-        yield [(epoch, int(number)) for number in order[first : first + share]]
+        first = batch * batch_size + part * size
+        yield [(epoch, int(number)) for number in order[first : first + size]]
 
 
 def build(args: argparse.Namespace, resumed: dict | None) -> tuple[VEGA, BertTokenizer]:
@@ -341,17 +342,16 @@ def build(args: argparse.Namespace, resumed: dict | None) -> tuple[VEGA, BertTok
 
 
 def make_optimizer(model: VEGA, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW. Ours: norms, biases, the temperature and relative position tables do not decay.
-
-    BERT's groups hold their share of the learning rate, args.bert_lr, as "share".
+    """AdamW, with a "factor" of the learning rate in each group. Ours: what has one dimension, and Swin's relative
+    position tables, do not decay.
     """
-    groups = {(share, stays): [] for share in (args.bert_lr, 1.0) for stays in (False, True)}
+    groups = {(factor, no_decay): [] for factor in (args.bert_factor, 1.0) for no_decay in (False, True)}
     for name, parameter in model.named_parameters():
-        stays = parameter.dim() < 2 or name.endswith("relative_position_bias_table")
-        groups[args.bert_lr if name.startswith("bert.") else 1.0, stays].append(parameter)
+        no_decay = parameter.dim() < 2 or name.endswith("relative_position_bias_table")
+        groups[args.bert_factor if name.startswith("bert.") else 1.0, no_decay].append(parameter)
     return torch.optim.AdamW(
-        [{"params": group, "share": share, "weight_decay": 0.0 if stays else args.weight_decay}
-         for (share, stays), group in groups.items()], args.lr, betas=(0.9, args.beta2), fused=True,
+        [{"params": group, "factor": factor, "weight_decay": 0.0 if no_decay else args.weight_decay}
+         for (factor, no_decay), group in groups.items()], args.lr, betas=(0.9, args.beta2), fused=True,
     )  # fmt: skip
 
 
@@ -376,7 +376,7 @@ def write_log(out: Path, line: dict) -> None:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Leave out the lines past a step, which the run writes again, and what a kill or a power cut left of one."""
+    """Drop the lines after a step, which will be written again, and what a kill or a power cut left of one."""
     if rank() or not path.exists():
         return
     lines = path.read_text(errors="replace").splitlines(keepends=True)
@@ -394,17 +394,17 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """The losses since the last line of the log, and a bar, or where there is none the minutes left."""
+    """The losses since the last line of the log; a bar, or without a terminal the minutes left."""
 
     def __init__(self, total: int, done: int, sums: dict[str, torch.Tensor], logged_step: int):
         self.total, self.done = total, done
-        self.sums, self.logged_step = sums, logged_step  # sums of the losses over the steps since then
-        self.recent = []  # step, samples and loss of each part of a batch since the losses were last found finite
+        self.sums, self.logged_step = sums, logged_step  # the losses' sums since the step that was last logged
+        self.recent = []  # step, samples and loss of each micro-batch since the last `check`
         self.bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
         self.began, self.told = time.perf_counter(), 0.0
 
     def add(self, step: int, index: torch.Tensor, losses: dict[str, torch.Tensor], parts: int) -> None:
-        """Count one of the parts of a batch: its samples and losses."""
+        """Count the samples and losses of one of a step's `parts` micro-batches."""
         self.recent.append((step, index, losses["loss"].detach()))
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach() / parts
@@ -425,7 +425,7 @@ class Progress:
         return {**line, "seconds": time.perf_counter() - self.began}
 
     def check(self, model: VEGA, train: RefDataset, last: Path) -> None:
-        """Average the losses over the processes. If one is not finite, or a weight, all stop and name the samples.
+        """Average the losses over the processes. All stop if a loss or a weight is not finite, and name the samples.
 
         `last` is the checkpoint of an earlier, finite state.
         """
@@ -453,7 +453,7 @@ class Progress:
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that SIGINT and SIGTERM are added to, instead of what they do else; a second Ctrl-C stops at once."""
+    """Collect SIGINT and SIGTERM in a list instead of stopping; a second Ctrl-C stops at once."""
     received = []
 
     def note(number, frame):
