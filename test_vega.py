@@ -1598,7 +1598,7 @@ def test_resume_with_other_settings_must_be_wanted(small, tmp_path, capsys):
     others = ["--lr", "1e-5", "--max-steps", "3", "--set", "dice=0.5"]
     with pytest.raises(SystemExit) as refused:
         train.main([*resume, *others])
-    assert "this run has max_steps 1, not 3; lr 0.0012, not 1e-05; dice 1.0, not 0.5: " in str(
+    assert "this run has max_steps 1, not 3; lr 0.001, not 1e-05; dice 1.0, not 0.5: " in str(
         refused.value
     )
     for flags in (["--model", "base"], ["--init", "x.pt"], ["--bert", "x"], ["--swin", "x"], ["--no-pretrained"]):
@@ -1608,7 +1608,7 @@ def test_resume_with_other_settings_must_be_wanted(small, tmp_path, capsys):
     assert "on shapes: 48 objects" in capsys.readouterr().out.split("3 steps of 6")[0]  # --data is the run's
     # a twentieth of the steps warms up: one of step 1, and 0.15 of steps 2 and 3
     assert [line["lr"] for line in log_of(out) if "lr" in line] == [
-        pytest.approx(1.2e-3 / 1.05), *(pytest.approx(1e-5 * (done / 2.85) ** 0.9) for done in (2.0, 1.0))
+        pytest.approx(1e-3 / 1.05), *(pytest.approx(1e-5 * (done / 2.85) ** 0.9) for done in (2.0, 1.0))
     ]  # fmt: skip
     groups = read_checkpoint(out / "last.pt")["optimizer"]["param_groups"]
     last = 1e-5 * (1.0 / 2.85) ** 0.9  # BERT's groups come first, at a twentieth
