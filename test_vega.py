@@ -2409,7 +2409,7 @@ def test_the_papers_row_stands_under_a_base_models_scores(trained, tmp_path, cap
 
 def test_the_table_of_a_study_is_right(tmp_path):
     """Worked out by hand. vega 74, 75, 77; no-cues 73, 73, 76: differences -1, -2, -1, and all of one sign in 2 of 8."""
-    for name, scores in {"vega": (74, 75, 77), "no-cues": (73, 73, 76), "ratio-0.1": (75, 70), "sharp": (80,)}.items():
+    for name, scores in {"vega": (74, 75, 77), "no-cues": (73, 73, 76), "ratio=0.1": (75, 70), "sharp": (80,)}.items():
         for seed, mIoU in enumerate(scores):
             (tmp_path / f"{name}-{seed}").mkdir()
             row = {"mIoU": mIoU, "oIoU": mIoU - 10 + (seed == 1 and name == "no-cues") * 5}
@@ -2422,7 +2422,7 @@ def test_the_table_of_a_study_is_right(tmp_path):
         ["3b", "`no-cues`", "3", "74.00 (1.73)", "75.83", "-1.33", "0.250", "65.67 (2.52)", "73.84", "+0.33", "1.000"],
         ["ours", "`sharp`", "1", "80.00", "", "+6.00", "1.000", "70.00", "", "+6.00", "1.000"],
         # +1 and -5: of sums 4, 4, 6, 6 all are as large
-        ["6", "`ratio-0.1`", "2", "72.50 (3.54)", "76.11", "-2.00", "1.000", "62.50 (3.54)", "74.82", "-2.00", "1.000"],
+        ["6", "`ratio=0.1`", "2", "72.50 (3.54)", "76.11", "-2.00", "1.000", "62.50 (3.54)", "74.82", "-2.00", "1.000"],
     ]
 
 
@@ -2449,7 +2449,7 @@ def test_the_study_of_the_readme_goes_on_where_it_was_killed(small, tmp_path):
         block for block in re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL) if "xargs" in block
     )
     train_it = f"{HERE / 'train.py'} --data {small} --max-steps 30 --checkpoint-every 2 {' '.join(RUN)}"
-    script = re.sub('rows="[^"]*"', 'rows="vega no-cues ratio-0.1"', script.replace('seeds="0 1 2"', 'seeds="0"'))
+    script = re.sub(r"rows=\$.*", 'rows="variant=vega variant=no-cues ratio=0.1"', script.replace("in 0 1 2", "in 0"))
     script = re.sub(r"python train\.py|(?<=\s)(python|pytest) ", lambda found: f"{sys.executable} " + {
         "python train.py": train_it, "python ": "", "pytest ": f"-m pytest {HERE / 'test_vega.py'} "}[found[0]], script)  # fmt: skip
 
@@ -2466,9 +2466,9 @@ def test_the_study_of_the_readme_goes_on_where_it_was_killed(small, tmp_path):
     done = {file: file.stat().st_mtime_ns for out in runs.glob("*/metrics.json") for file in out.parent.iterdir()}
     printed = begin().communicate(timeout=900)[0]
     assert all(file.stat().st_mtime_ns == written for file, written in done.items())
-    for name in ("vega-0", "no-cues-0", "ratio-0.1-0"):
+    for name in ("vega-0", "no-cues-0", "ratio=0.1-0"):
         assert [line["step"] for line in log_of(runs / name) if "lr" in line] == list(range(1, 31)), name
-    assert re.findall(r"^\| \w+ \| `([\w.-]+)` \| 1 \|", printed, re.MULTILINE) == ["vega", "no-cues", "ratio-0.1"], printed
+    assert re.findall(r"^\| \w+ \| `([\w.=-]+)` \| 1 \|", printed, re.MULTILINE) == ["vega", "no-cues", "ratio=0.1"], printed
 
 
 # Measurements: pytest -m benchmark -s
@@ -2551,7 +2551,7 @@ def test_what_the_words_select():
 
 
 def study(folder: Path) -> str:
-    """The paper's ablations beside the runs FOLDER/NAME-SEED on val; NAME is a variant, or ratio-0.1 and so on.
+    """The paper's ablations beside the runs FOLDER/NAME-SEED on val; NAME is a variant, or ratio=0.1 and so on.
 
     Of mIoU and oIoU: mean and standard deviation over the seeds, the paper's on RefCOCO, the mean difference to vega's
     run of the same seed, and its two-sided p by the exact permutation test of the differences' signs.
@@ -2562,7 +2562,7 @@ def study(folder: Path) -> str:
         scores = json.loads(file.read_text())["val"]
         runs.setdefault(name, {})[seed] = scores["mIoU"], scores["oIoU"]
     paper = {name: (v.table, v.mIoU, v.oIoU) for name, v in VARIANTS.items()}
-    paper.update({f"ratio-{ratio}": ("6", *scores) for ratio, scores in RATIOS.items()})
+    paper.update({f"ratio={ratio}": ("6", *scores) for ratio, scores in RATIOS.items()})
     columns = "".join(f" | {name} (sd) | paper | - vega | p" for name in ("mIoU", "oIoU"))
     lines = [f"| table | row | n{columns} |", "| --- " * 11 + "|"]
     for name in filter(runs.get, paper):
