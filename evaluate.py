@@ -361,7 +361,8 @@ def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Im
     shown = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(shown)
     for (x, y), kind in zip(points.tolist(), kinds[real].tolist()):
-        draw.circle((x, y), 5 if kind < 3 else 8, ("orange", "lightskyblue", "limegreen", "purple", "red")[kind])
+        r = 5 if kind < 3 else 8
+        draw.ellipse((x - r, y - r, x + r, y + r), ("orange", "lightskyblue", "limegreen", "purple", "red")[kind])
     return shown
 
 
@@ -422,15 +423,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
-    """Write each expression's mask and overlay, and a sheet of several, to photographs/ beside the checkpoint."""
+    """Write each expression's mask and overlay, and a sheet of all, to photographs/ beside the checkpoint."""
     folder, files, broken = checkpoint.parent / "photographs", [], []
-    for given in args.image:
-        found = []
-        if os.path.isdir(given):
-            known = Image.registered_extensions()
-            found = sorted(path for path in Path(given).glob("[!.]*") if path.suffix.lower() in known)
-            print(f"{given}: {len(found)} photographs")
-        files += found or [Path(given)]
+    for given in map(Path, args.image):
+        inside = sorted(path for path in given.glob("[!.]*") if path.suffix.lower() in Image.registered_extensions())
+        files += inside or [given]
     names = {file.name for file in files}
     if len(names) < len(files) or folder.resolve() in [file.parent.resolve() for file in files]:
         raise InputError(f"no two photographs may have one name, and none may lie in {folder}, where the masks go")
@@ -439,26 +436,20 @@ def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
     for expression in args.expression:
         if segment.tokenizer.unk_token in segment.tokenizer.tokenize(expression.encode(errors="replace").decode()):
             print(f"note: the model has never seen some word of {expression!r}")
-
-    slugs = [re.sub(r"\W+", "-", expression.lower()).strip("-")[:40] for expression in args.expression]
-    if len(slugs) > 1:  # two may be the same
-        slugs = [f"{number}-{slug}" for number, slug in enumerate(slugs, 1)]
     for file in tqdm(files, unit="photograph", disable=None):
         try:
             image = open_image(file)
             masks = segment.logits(image, args.expression) > 0
             folder.mkdir(exist_ok=True)
             tiles = [("", image)]
-            for expression, slug, mask in zip(args.expression, slugs, masks):
-                path = folder / f"{file.name}-{slug}.png"
-                shown = overlay(image, mask, RED)
-                shown.save(path)
+            for number, (expression, mask) in enumerate(zip(args.expression, masks), 1):
+                slug = re.sub(r"\W+", "-", expression.lower()).strip("-")[:40]
+                path = folder / f"{file.name}-{number}-{slug}.png"
+                tiles.append((expression, overlay(image, mask, RED)))
+                tiles[-1][1].save(path)
                 Image.fromarray(mask).convert("L").save(path.with_suffix(".mask.png"))
-                tiles.append((expression, shown))
-                found = f"covers {100 * mask.mean():.1f} % of" if mask.any() else "names nothing that was found in"
-                tqdm.write(f"{expression!r} {found} {file}; the overlay is {path}")
-            if len(masks) > 1:
-                sheet(folder / f"{file.name}-sheet.png", [(file.name, tiles)])
+                tqdm.write(f"{expression!r} covers {100 * mask.mean():.1f} % of {file}; the overlay is {path}")
+            sheet(folder / f"{file.name}-sheet.png", [(file.name, tiles)])
         except (InputError, OSError) as error:
             broken.append(str(error))
     if broken:

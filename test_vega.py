@@ -2159,7 +2159,7 @@ def test_photographs_get_masks_and_overlays(trained, tmp_path, monkeypatch, caps
         evaluate.main([*command, "--image", str(folder)])
     printed = capsys.readouterr().out
     assert "never seen some word of 'Left: thing!'" in printed and "word of 'red thing'" not in printed
-    assert "'red thing' names nothing that was found in" in printed and "'Left: thing!' covers 12.2 % of" in printed
+    assert "'red thing' covers 0.0 % of" in printed and "'Left: thing!' covers 12.2 % of" in printed
     folder = tmp_path / "photographs"
     masks = {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.mask.png")}
     names = [f"{file}-{slug}" for file in ("a.jpg", "c.png") for slug in ("1-red-thing", "2-left-thing")]
