@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.utils.data import BatchSampler, default_collate
 from tqdm import tqdm
 from transformers import BertTokenizer
 
@@ -217,32 +218,22 @@ def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
     return [dict(zip(measures, row)) for row in zip(*(values.tolist() for values in measures.values()))]
 
 
-def fixed_batches(dataset: RefDataset, size: int) -> list[list[int]]:
-    """The numbers of all sentences in lists of at most `size`; those of one image stay together where they fit."""
-    batches = []
-    for _, group in itertools.groupby(range(len(dataset)), lambda index: dataset.object(index).image_id):
-        group = list(group)
-        if batches and len(batches[-1]) + len(group) <= size:
-            batches[-1] += group
-        else:
-            batches += [group[start : start + size] for start in range(0, len(group), size)]
-    return batches
-
-
 def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     """Give each sentence's place to a sentence of another image: a seeded permutation without fixed points.
 
     The images are put in random order, their sentences side by side, and every sentence moves on by as many
     places as the longest image has, which leads out of its own image.
     """
-    images = [dataset.object(index).image_id for index in range(len(dataset))]
-    names, group, sizes = np.unique(images, return_inverse=True, return_counts=True)
-    if 2 * sizes.max() > len(images):
-        raise InputError("shuffled expressions need at least two images, none with more than half of the sentences")
     rng = np.random.default_rng(seed)
-    order = np.lexsort((rng.random(len(images)), rng.permutation(len(names))[group]))
+    images = itertools.groupby(range(len(dataset)), lambda index: dataset.object(index).image_id)
+    images = [rng.permutation(list(indices)) for _, indices in images]
+    rng.shuffle(images)
+    longest = max(map(len, images))
+    if 2 * longest > len(dataset):
+        raise InputError("shuffled expressions need at least two images, none with more than half of the sentences")
+    order = np.concatenate(images)
     source = np.empty_like(order)
-    source[order] = np.roll(order, sizes.max())
+    source[order] = np.roll(order, longest)
     dataset.sentences = [(number, dataset.sentences[s][1]) for (number, _), s in zip(dataset.sentences, source)]
     dataset.tokens = {name: values[source] for name, values in dataset.tokens.items()}
 
@@ -259,7 +250,7 @@ def evaluate(
     """
     model.eval()
     metrics = Metrics()
-    batches = fixed_batches(dataset, BATCH_SIZE)[rank() :: world()]  # dealt whole
+    batches = list(BatchSampler(range(len(dataset)), BATCH_SIZE, drop_last=False))[rank() :: world()]  # dealt whole
     loader, name = load_batches(dataset, batches, workers, device), f"{dataset.name} {dataset.split}"
     quiet = True if rank() else None  # None: when not a terminal
     for batch in tqdm(loader, name, len(batches), leave=False, unit="batch", disable=quiet):
@@ -298,7 +289,7 @@ def pictures(
     def look(index: int) -> tuple[str, list]:
         """A sample's title and tiles: five as in the first sheet, then one for each token after [CLS]."""
         item, image = dataset[index], dataset.image(index)
-        output = model(*model_inputs(torch.utils.data.default_collate([item]), device))
+        output = model(*model_inputs(default_collate([item]), device))
         truth = overlay(image, item["mask"], GREEN)
         prediction = overlay(image, (output["logits"][0] > 0).cpu(), RED)
         tiles = [("image", image), ("ground truth", truth), ("prediction", prediction)]
