@@ -40,7 +40,7 @@ from selection import VARIANTS
 # rises over the first `warmup` of the steps.
 RECIPES = {
     "tiny": dict(  # ours
-        epochs=4.4, batch_size=8, lr=1e-3, bert_factor=0.05, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10,
+        epochs=4, batch_size=8, lr=1e-3, bert_factor=0.05, warmup=0.05, beta2=0.98, weight_decay=0.01, log_every=10,
         workers=0,
     ),
     "base": dict(  # Sec. 4.1: epochs, batch size, lr; the others are ours
@@ -200,7 +200,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     flag = parser.add_argument_group("training").add_argument
     flag("--variant", type=lambda name: config_field(f"variant={name}"), dest="config", action="append",
          metavar="NAME", help="an ablation, listed below (default: vega)")
-    flag("--epochs", type=float, help="default: 40 for base, 4.4 for tiny")
+    flag("--epochs", type=float, help="default: 40 for base, 4 for tiny")
     flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays to zero over them")
     flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1e-3 for tiny)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16 for base, 8 for tiny)")
