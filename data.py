@@ -53,27 +53,20 @@ def command_line(main):
     return wrapped
 
 
-class Source(NamedTuple):
-    """Where the refs file of a known dataset lies under --data, and its size: split -> (refs, images)."""
-
-    refs: str  # instances.json lies beside it
-    sizes: dict[str, tuple[int, int]] = {}
-
-
-DATASETS = {  # the sizes: TensorFlow Datasets' documentation of ref_coco
-    "shapes": Source("shapes/refs(shapes).p"),
-    "refcoco": Source("refcoco/refs(unc).p", {
+DATASETS = {  # name -> its refs file under --data, beside instances.json, and split -> (refs, images)
+    "shapes": ("shapes/refs(shapes).p", {}),
+    # the sizes: TensorFlow Datasets' documentation of ref_coco
+    "refcoco": ("refcoco/refs(unc).p", {
         "train": (42404, 16994), "val": (3811, 1500), "testA": (1975, 750), "testB": (1810, 750),
     }),
-    "refcoco+": Source("refcoco+/refs(unc).p", {
+    "refcoco+": ("refcoco+/refs(unc).p", {
         "train": (42278, 16992), "val": (3805, 1500), "testA": (1975, 750), "testB": (1798, 750),
     }),
-    "refcocog-umd": Source("refcocog/refs(umd).p", {
+    "refcocog-umd": ("refcocog/refs(umd).p", {
         "train": (42226, 21899), "val": (2573, 1300), "test": (5023, 2600),
     }),
-    "refcocog-google": Source("refcocog/refs(google).p", {"train": (44822, 24698), "val": (5000, 4650)}),
+    "refcocog-google": ("refcocog/refs(google).p", {"train": (44822, 24698), "val": (5000, 4650)}),
 }  # fmt: skip
-COCO_IMAGES = ("images/train2014", "images/mscoco/images/train2014")  # under --data
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
 REACH = 1_000_000  # pixels of a polygon's outline, at most, and of the way to it; to draw that takes 0.4 GB
 
@@ -127,9 +120,7 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
             mask |= (decode_rle if isinstance(part, dict) else fill_polygon)(part, height, width)
         return mask
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise InputError(
-            f"it can't be drawn, as no list of polygons [x0, y0, x1, y1, ..] or of RLEs ({error})"
-        ) from None
+        raise InputError(f"it can't be drawn, as no list of polygons [x0, y0, ..] or of RLEs ({error})") from None
 
 
 def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> np.ndarray:
@@ -234,9 +225,8 @@ def make_tokenizer(expressions: list[str]) -> BertTokenizer:
 
 def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> dict[str, torch.Tensor]:
     """Expressions -> "input_ids" and "attention_mask", int64 [E, T]; cut to max_tokens, padded to the longest, T."""
-    names = ("input_ids", "attention_mask")
-    tokens = tokenizer(expressions, truncation=True, max_length=max_tokens, padding=True, return_tensors="pt")
-    return {name: tokens[name] for name in names}
+    options = dict(truncation=True, max_length=max_tokens, padding=True, return_token_type_ids=False)
+    return dict(tokenizer(expressions, **options, return_tensors="pt"))
 
 
 # The dataset
@@ -249,10 +239,10 @@ def locate(name: str, data: Path) -> tuple[Path, list[Path]]:
         name: a key of DATASETS, a folder, or the refs file itself where a folder holds several.
     """
     if name in DATASETS:
-        refs = data / DATASETS[name].refs
+        refs = data / DATASETS[name][0]
         if name == "shapes" and not refs.parent.exists():
             generate_shapes(refs.parent)
-        return refs, [*(data / folder for folder in COCO_IMAGES), refs.parent / "images"]
+        return refs, [data / "images/train2014", data / "images/mscoco/images/train2014", refs.parent / "images"]
     refs = Path(name)
     if refs.is_dir():
         found = sorted([*refs.glob("refs*.p"), *refs.glob("refs.json")])
@@ -487,7 +477,7 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
         print(f"{what:<46}{found!s:>16}")
 
     print(f"{name}; images in {folder}")
-    sizes = DATASETS[name].sizes if name in DATASETS else {}
+    sizes = DATASETS[name][1] if name in DATASETS else {}
     for split in dict.fromkeys([*sizes, "train", "val", *splits]):
         items = splits.get(split, [])
         found = len(items), len({item.image_id for item in items})

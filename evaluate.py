@@ -101,14 +101,6 @@ def resolve_precision(precision: str | None, device: torch.device) -> str:
     return precision or ("bf16" if has_bf16 else "fp32")
 
 
-def in_any_process(flag: bool) -> bool:
-    """Whether it is true somewhere; every process asks at the same time."""
-    votes = torch.tensor(int(flag))
-    if world() > 1:
-        dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes)
-
-
 def gather(value) -> list:
     """The value of each process, by rank; every process asks at the same time."""
     values = [value] * world()
@@ -263,8 +255,7 @@ def evaluate(
                 mask = torch.from_numpy(dataset.mask(index)).to(device)
                 logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
             metrics.update(logits > 0, mask, index, measure)
-    samples = itertools.chain(*gather(metrics.samples))
-    metrics.samples = sorted(samples, key=lambda sample: sample["index"])
+    metrics.samples = sorted(itertools.chain(*gather(metrics.samples)), key=lambda sample: sample["index"])
     return metrics
 
 
@@ -305,14 +296,11 @@ def pictures(
             tiles.append(("features in the plane", feature_map(output, item["mask"])))
         return f"{dataset.expressions[index]}   (IoU {100 * metrics.samples[index]['iou']:.0f})", tiles
 
-    def write(view: str, indices: list[int]) -> None:
-        """A sheet with the first five tiles of each sample."""
-        sheet(folder / f"{view}-{name}.png", [(title, tiles[:5]) for title, tiles in map(look, indices)])
-
-    write("pictures", np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist())
-
+    spread = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist()
     middle = dataset.object(len(dataset) // 2).image_id
-    write("expressions", [i for i in range(len(dataset)) if dataset.object(i).image_id == middle])
+    of_one_image = [i for i in range(len(dataset)) if dataset.object(i).image_id == middle]
+    for view, indices in (("pictures", spread), ("expressions", of_one_image)):
+        sheet(folder / f"{view}-{name}.png", [(title, tiles[:5]) for title, tiles in map(look, indices)])
 
     shared = "pixels shared with CLS"
     least = min(metrics.samples, key=lambda sample: sample["measures"].get(shared, 0))
@@ -337,10 +325,8 @@ def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Im
     """
     F_v, (G, mask_G, *_) = output["F_v"][0], output["selection"]
     width = math.isqrt(len(F_v))
-    truth, prediction = (
-        F.interpolate(mask[None, None].float(), (width, width), mode="area").flatten() > 0.5
-        for mask in (target.to(F_v.device), output["logits"][0] > 0)
-    )
+    masks = torch.stack([target.to(F_v.device), output["logits"][0] > 0]).float()
+    truth, prediction = F.interpolate(masks[None], (width, width), mode="area")[0].flatten(1) > 0.5
     T = output["tokens"].shape[1]
     kinds = torch.cat([torch.where(truth != prediction, 2, 1 - truth.int()), torch.full_like(mask_G[0], 4)])
     kinds[len(F_v) : len(F_v) + T] = 3
@@ -419,8 +405,7 @@ def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
     for given in map(Path, args.image):
         inside = sorted(path for path in given.glob("[!.]*") if path.suffix.lower() in Image.registered_extensions())
         files += inside or [given]
-    names = {file.name for file in files}
-    if len(names) < len(files) or folder.resolve() in [file.parent.resolve() for file in files]:
+    if len({file.name for file in files}) < len(files) or folder.resolve() in [file.parent.resolve() for file in files]:
         raise InputError(f"no two photographs may have one name, and none may lie in {folder}, where the masks go")
 
     segment = Segmenter(checkpoint, args.device, args.precision or "fp32")
@@ -479,15 +464,11 @@ def main(argv: list[str] | None = None) -> dict | None:
         comparable = settings["model"] == "base" and not args.shuffle_expressions and args.resolution == "input"
         for split, ours in scores.items():
             paper = of_paper(config, name, split) if comparable else {}
-            rows = [(name, split, ours)]
-            if paper:
-                rows += [
-                    ("", "paper", paper),
-                    ("", "ours -", {column: ours[column] - paper[column] for column in paper}),
-                ]
-            for first, second, row in rows:
-                cells = (f"{row[column]:>8.2f}" if column in row else " " * 8 for column in COLUMNS)
-                print(f"{first:<16}{second:<8}" + "".join(cells))
+            difference = {column: ours[column] - paper[column] for column in paper}
+            for first, second, row in ((name, split, ours), ("", "paper", paper), ("", "ours -", difference)):
+                cells = "".join(f"{row[column]:>8.2f}" if column in row else " " * 8 for column in COLUMNS)
+                if row:
+                    print(f"{first:<16}{second:<8}{cells}")
         if args.pictures:
             print(f"pictures: {checkpoint_file.parent / '{pictures,words,expressions,ratios}-*.png'}")
         if args.json:

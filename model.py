@@ -77,16 +77,12 @@ class VEGAConfig:
             raise ValueError(f"BERT's config names {min(set(self.bert) - set(BERT_FIELDS))}, which is none of VEGA's")
         if not 0 < self.ratio <= 1:
             raise ValueError(f"the ratio of selected pixels is {self.ratio}, but must lie in (0, 1]")
-        if not (0 <= self.drop_path < 1 and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout {self.dropout} and drop path {self.drop_path} must lie in [0, 1)")
-        if not (self.contrastive >= 0 and self.dice >= 0):
-            raise ValueError(f"the losses' weights {self.contrastive} and {self.dice} must be at least 0")
+        if not (0 <= self.drop_path < 1 and 0 <= self.dropout < 1 and self.contrastive >= 0 and self.dice >= 0):
+            raise ValueError("dropout and drop_path must lie in [0, 1), contrastive and dice must be at least 0")
         smallest = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
         if self.image_size % 4 or self.image_size < smallest:
-            raise ValueError(
-                f"image size {self.image_size} does not fit a Swin of {len(self.depths)} stages: it must be a "
-                f"multiple of 4 (one patch) and at least {smallest} (2 x 2 pixels left at the last stage)"
-            )
+            told = f"it must be a multiple of 4 (one patch) and at least {smallest} (2 x 2 pixels at the last stage)"
+            raise ValueError(f"image size {self.image_size} does not fit a Swin of {len(self.depths)} stages: {told}")
 
 
 class EarlyFusion(nn.Module):

@@ -572,7 +572,7 @@ def test_an_untrained_tiny_model_learns_one_batch(small):
     dataset = tokenized("shapes", "train", small, image_size=128, training=True)
     batch = torch.utils.data.default_collate([dataset[(0, i)] for i in range(4)])
     model = VEGA(VEGAConfig.tiny())
-    optimizer = train.make_optimizer(model, argparse.Namespace(lr=1e-3, weight_decay=0.01, bert_factor=1.0, beta2=0.999))
+    optimizer = train.make_optimizer(model, argparse.Namespace(lr=1e-3, bert_factor=1.0, beta2=0.999))
     for _ in range(200):
         output = model(*evaluate.model_inputs(batch, torch.device("cpu")))
         metrics = evaluate.Metrics()
@@ -872,16 +872,8 @@ def test_a_wrong_rle_is_refused():
         with pytest.raises(data.InputError, match="can't be drawn"):
             data.rasterize({"size": [3, 4], "counts": counts}, 3, 4)
     nan = float("nan")
-    for polygons in (
-        [[0, 0, nan, 1, 2, 2]],
-        [[0, 0, 1e300, 1, 2, 2]],
-        [[1e300] * 6],
-        [[0, 0, 2e6, 1, 2, 2]],
-        [[0, 0, 1, 1, 2]],
-        [["a"] * 6],
-        [None],
-        [1, 2, 3],
-    ):
+    far = [0, 0, 2e6, 1, 2, 2]
+    for polygons in ([[0, 0, nan, 1, 2, 2]], [[1e300] * 6], [far], [[0, 0, 1, 1, 2]], [["a"] * 6], [None], [1, 2, 3]):
         with pytest.raises(data.InputError, match="can't be drawn"):
             data.rasterize(polygons, 3, 4)
 
@@ -942,13 +934,13 @@ WORDS = ["man on the left".encode(), "caf\u00e9 table".encode(), "caf\u00e9 chai
 
 def write_refer(folder: Path, name: str, images: str, protocol: int, size=(80, 60), scenes: int = 4) -> Path:
     """A miniature of a REFER dataset in its exact layout: `scenes` images a split, two objects each."""
-    refs_file, rng = folder / data.DATASETS[name].refs, np.random.default_rng(0)
+    refs_file, rng = folder / data.DATASETS[name][0], np.random.default_rng(0)
     refs_file.parent.mkdir(parents=True)
     (folder / images).mkdir(parents=True)
     width, height = size
     instances = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
     refs = []
-    for split in data.DATASETS[name].sizes:
+    for split in data.DATASETS[name][1]:
         for _ in range(scenes):
             image_id = 1000 + len(instances["images"])
             file = f"COCO_train2014_{image_id:012d}.jpg"
@@ -958,21 +950,13 @@ def write_refer(folder: Path, name: str, images: str, protocol: int, size=(80, 6
                 ann_id = 5000 + len(instances["annotations"])
                 left = k * width / 2
                 polygon = [left + 2.5, 3, left + width / 3, 3, left + width / 3, height - 4.5, left + 2.5, height - 4.5]
-                segmentation = (
-                    [polygon, [1.0, 1.0, 2.0, 2.0]]
-                    if k
-                    else {"size": [height, width], "counts": [300, 200, height * width - 500]}
-                )
-                instances["annotations"].append(
-                    {"id": ann_id, "image_id": image_id, "category_id": 1, "segmentation": segmentation}
-                )
+                rle = {"size": [height, width], "counts": [300, 200, height * width - 500]}
+                annotation = {"id": ann_id, "image_id": image_id, "category_id": 1, "segmentation": rle}
+                if k:
+                    annotation["segmentation"] = [polygon, [1.0, 1.0, 2.0, 2.0]]
+                instances["annotations"].append(annotation)
                 sentences = [
-                    {
-                        b"sent_id": 10 * len(refs) + i,
-                        b"sent": b"x",
-                        b"raw": WORDS[(len(refs) + i) % 4],
-                        b"tokens": [b"x"],
-                    }
+                    {b"sent_id": 10 * len(refs) + i, b"sent": b"x", b"raw": WORDS[(len(refs) + i) % 4], b"tokens": [b"x"]}
                     for i in range(2)
                 ]
                 refs.append({
@@ -985,8 +969,6 @@ def write_refer(folder: Path, name: str, images: str, protocol: int, size=(80, 6
 
 
 COCO_PLACES = ("images/train2014", "images/mscoco/images/train2014")
-
-
 MINIATURE = ("--model", "tiny", "--set", "image_size=32", "--batch-size", "2")
 
 
@@ -997,7 +979,7 @@ def test_a_miniature_refcoco_trains_evaluates_and_is_checked(name, images, proto
     folder = write_refer(tmp_path / "data", name, COCO_PLACES[images], protocol)
     common = ["--dataset", name, "--data", str(folder)]
     scores = train.main([*common, *MINIATURE, "--workers", "0", "--max-steps", "2", "--out", str(tmp_path / "run")])
-    assert list(scores) == list(data.DATASETS[name].sizes)[1:]
+    assert list(scores) == list(data.DATASETS[name][1])[1:]
     assert all(row["samples"] == 16 for row in scores.values())
     last = list(scores)[-1]
     again = evaluate.main([*common, "--checkpoint", str(tmp_path / "run" / "best.pt"), "--split", last])
@@ -1009,7 +991,7 @@ def test_a_miniature_refcoco_trains_evaluates_and_is_checked(name, images, proto
     with pytest.raises(SystemExit):  # the sizes are not the real ones
         data.main(["--check", name, "--data", str(folder), "--all"])
     printed = capsys.readouterr().out
-    assert printed.count("WRONG") == len(data.DATASETS[name].sizes) and "image files missing" in printed
+    assert printed.count("WRONG") == len(data.DATASETS[name][1]) and "image files missing" in printed
     some = sorted((folder / COCO_PLACES[images]).iterdir())
     some[0].unlink()
     some[1].write_bytes(some[1].read_bytes()[:200])
@@ -1027,7 +1009,7 @@ def test_check_misses_no_ref_of_the_real_sizes(tmp_path, capsys, monkeypatch):
     images.mkdir(parents=True), folder.mkdir()
     Image.new("RGB", (8, 8)).save(images / "0.jpg")
     segmentation, refs = [[1, 1, 6, 1, 6, 6]], []
-    for split, (objects, pictures) in data.DATASETS["refcoco+"].sizes.items():
+    for split, (objects, pictures) in data.DATASETS["refcoco+"][1].items():
         start = len({ref["image_id"] for ref in refs})
         sentences = [{"sent_id": 0, "raw": "thing", "sent": "thing", "tokens": ["thing"]}]
         refs += [{"ref_id": i, "ann_id": 0, "image_id": start + i % pictures, "split": split, "sentences": sentences} for i in range(objects)]  # fmt: skip
@@ -1422,15 +1404,13 @@ def test_shapes_are_a_folder_like_any_other(small, tmp_path):
 
 @pytest.mark.slow
 def test_a_dataset_of_refcocos_size_fits_in_memory(tmp_path, capsys):
-    """20,000 images, 50,000 objects, 142,000 sentences. `pytest -m slow -k fits_in_memory -s` prints the figures of the README."""
+    """20,000 images, 50,000 objects, 142,000 sentences. `pytest -m slow -k fits_in_memory -s` prints the figures."""
     rng, splits = np.random.default_rng(0), ("train",) * 17 + ("val", "testA", "testB")
     folder = tmp_path / "images" / "train2014"
     folder.mkdir(parents=True)
     (tmp_path / "refcoco").mkdir()
-    noise = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(
-        (640, 480), Image.Resampling.BICUBIC
-    )
-    noise.save(folder / "0.jpg", quality=90)
+    noise = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    noise.resize((640, 480), Image.Resampling.BICUBIC).save(folder / "0.jpg", quality=90)
     images, annotations, refs = [], [], []
     for i in range(20_000):
         if i:
@@ -1445,26 +1425,13 @@ def test_a_dataset_of_refcocos_size_fits_in_memory(tmp_path, capsys):
                 "segmentation": [points.ravel().tolist()],
             })  # fmt: skip
         sentences = [
-            {
-                "sent_id": 3 * i + s,
-                "raw": f"the thing number {i} on the left",
-                "sent": "the thing",
-                "tokens": ["the", "thing"],
-            }
+            {"sent_id": 3 * i + s, "raw": f"the thing number {i} on the left", "sent": "the thing", "tokens": ["the", "thing"]}
             for s in range(3 if i < 42_000 else 2)
         ]
-        refs.append(
-            {
-                "ref_id": i,
-                "ann_id": 4 * i,
-                "image_id": i % 20_000,
-                "category_id": 1,
-                "split": splits[i % 20],
-                "sentences": sentences,
-                "sent_ids": [s["sent_id"] for s in sentences],
-                "file_name": "x",
-            }
-        )
+        refs.append({
+            "ref_id": i, "ann_id": 4 * i, "image_id": i % 20_000, "category_id": 1, "split": splits[i % 20],
+            "sentences": sentences, "sent_ids": [s["sent_id"] for s in sentences], "file_name": "x",
+        })  # fmt: skip
     (tmp_path / "refcoco" / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (tmp_path / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     megabytes = (tmp_path / "refcoco" / "instances.json").stat().st_size / 2**20
@@ -1495,17 +1462,9 @@ def trained(small, tmp_path_factory) -> Path:
 
 def test_training_leaves_what_the_readme_says(trained):
     (out,) = (trained / "runs").iterdir()
-    assert {p.name for p in out.iterdir()} == {
-        "best.pt",
-        "last.pt",
-        "log.jsonl",
-        "metrics.json",
-        *(
-            f"{view}-{split}.png"
-            for view in ("pictures", "words", "expressions", "ratios")
-            for split in ("val", "testA", "testB")
-        ),
-    }
+    views, splits = ("pictures", "words", "expressions", "ratios"), ("val", "testA", "testB")
+    sheets = {f"{view}-{split}.png" for view in views for split in splits}
+    assert {p.name for p in out.iterdir()} == {"best.pt", "last.pt", "log.jsonl", "metrics.json"} | sheets
     assert set(json.loads((out / "metrics.json").read_text())) == {"val", "testA", "testB"}
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [4] and all("step" in line for line in lines)
@@ -1909,12 +1868,8 @@ def test_two_processes_give_the_gradients_of_one(small, tmp_path):
     """After one step AdamW's first moment is a tenth of the gradient."""
     command = ["--data", small, "--batch-size", 8, "--epochs", 1, "--max-steps", 1]
     gradients = []
-    for name, nproc, extra in (
-        ("one", 1, ()),
-        ("two", 2, ()),
-        ("micro", 1, ("--micro-batch", 2)),
-        ("both", 2, ("--micro-batch", 1)),
-    ):
+    for nproc, extra in ((1, ()), (2, ()), (1, ("--micro-batch", 2)), (2, ("--micro-batch", 1))):
+        name = f"{nproc}{len(extra)}"
         done = run(HERE / "train.py", *command, "--out", tmp_path / name, *extra, nproc=nproc)
         assert done.returncode == 0, done.stderr
         state = read_checkpoint(tmp_path / name / "last.pt")["optimizer"]["state"]
