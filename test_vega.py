@@ -1124,7 +1124,7 @@ def go_the_whole_way(folder: Path, tmp_path, monkeypatch, *flags, image="images/
 def test_the_readmes_own_data_runs_as_it_is_printed(tmp_path, monkeypatch):
     section = (HERE / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
     assert len(section.splitlines()) <= 50  # one screen
-    instances, refs = re.findall(r"```json\n(.*?)```", section, re.DOTALL)
+    instances, refs = re.search(r"`({.*})`", section)[1], re.search(r"```json\n(.*?)```", section, re.DOTALL)[1]
     folder = write_own(tmp_path / "mugs", json.loads(refs))
     (folder / "instances.json").write_text(instances)
     (commands,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
