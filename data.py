@@ -120,7 +120,7 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
             mask |= (decode_rle if isinstance(part, dict) else fill_polygon)(part, height, width)
         return mask
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise InputError(f"it can't be drawn: it must be a list of polygons [x0, y0, ..] or of RLEs ({error})") from None
+        raise InputError(f"it can't be drawn: it must be a list of polygons [x0, y0, ..] or RLEs ({error})") from None
 
 
 def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> np.ndarray:
