@@ -1479,8 +1479,7 @@ def test_variants_are_listed_by_table(capsys):
     assert places == sorted(places)
     with pytest.raises(SystemExit) as stopped:
         train.main(["--variant", "threshold"])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and all(name in error for name in VARIANTS)
+    assert all(name in stopped.value.code for name in VARIANTS)
 
 
 @pytest.mark.parametrize("flag", [[], ["--gradient-checkpointing"]])
