@@ -68,7 +68,7 @@ DATASETS = {  # name -> its refs file under --data, beside instances.json, and s
     "refcocog-google": ("refcocog/refs(google).p", {"train": (44822, 24698), "val": (5000, 4650)}),
 }  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
-REACH = 1_000_000  # pixels of a polygon's outline, at most, and of the way to it; to draw that takes 0.4 GB
+REACH = 1_000_000  # the longest outline of a polygon, in pixels, from the origin round and back; it takes 0.4 GB
 
 
 # Reading: pickles, masks, images
@@ -166,7 +166,7 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
 
 
 def decode_counts(text: str) -> list[int]:
-    """COCO's compressed string: 5 bits a character, least first; from the third run on, the change since two before."""
+    """COCO's compressed counts: 5 bits a character, least first; from the fourth run on, changes since two before."""
     counts = []
     for number in re.findall("[P-o]{,11}[0-O]", text):  # bit 0x20, which P to o have: the number goes on
         bits = [(ord(character) - 48) & 0x1F for character in number]
@@ -361,7 +361,7 @@ class RefDataset(torch.utils.data.Dataset):
             raise InputError(f"{told}. Refs to train on have the split 'train', those to validate on 'val'")
         self.objects = objects[split]
         self.sentences = [(number, raw) for number, item in enumerate(self.objects) for raw in item.sentences]
-        self.first = np.cumsum([0] + [len(item.sentences) for item in self.objects])  # of an object's sentences
+        self.first = np.cumsum([0] + [len(item.sentences) for item in self.objects])  # an object's first sentence
         self.image_size, self.training, self.seed = image_size, training, seed
         self.tokens = tokenize(tokenizer, self.expressions, max_tokens) if tokenizer else {}
         self.decoded = (None, None)  # the last image's id and input, for its next sentence
@@ -373,10 +373,10 @@ class RefDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.objects) if self.training else len(self.sentences)
 
-    def __getitem__(self, item) -> dict:
-        index = item
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        index = key
         if self.training:
-            epoch, number = item
+            epoch, number = key
             index = int(np.random.default_rng((self.seed, epoch, number)).integers(*self.first[number : number + 2]))
         if self.decoded[0] != self.object(index).image_id:
             self.decoded = self.object(index).image_id, to_input(self.image(index), self.image_size)
@@ -424,7 +424,7 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
         generator=torch.Generator(), worker_init_fn=leave_process_group,
     )  # fmt: skip
     gc.collect()
-    gc.freeze()  # what exists now is no garbage of the loader's processes: a search would copy all of it to each
+    gc.freeze()  # the workers' garbage collector would touch, and so copy, every object that exists now
     iterator = iter(loader)
     gc.unfreeze()
     return iterator

@@ -34,7 +34,7 @@ from selection import RATIOS, VARIANTS
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = (*(f"P@{t}" for t in THRESHOLDS), "mIoU", "oIoU")
 BATCH_SIZE = 16  # of evaluation; fixed, since another batch may round another way
-TABLE_5 = {  # the paper's scores
+TABLE_5 = {  # the paper's scores, in the order of COLUMNS
     ("refcoco", "val"): (86.70, 83.69, 78.28, 67.11, 37.24, 76.27, 75.35),
     ("refcoco", "testA"): (89.00, 86.58, 82.09, 70.48, 37.05, 78.02, 77.97),
     ("refcoco", "testB"): (82.41, 79.00, 73.17, 63.14, 37.45, 73.02, 71.94),
@@ -169,7 +169,7 @@ class Metrics:
     def compute(self) -> dict:
         """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, the means of `word_measures`, and "samples"."""
         ious = [sample["iou"] for sample in self.samples]
-        scores = {f"P@{t}": 100 * sum(iou >= t for iou in ious) / len(ious) for t in THRESHOLDS}
+        scores = {f"P@{t}": 100 * sum(iou >= t for iou in ious) / len(ious) for t in THRESHOLDS}  # ours: >=, not >
         intersection, union = (sum(sample[name] for sample in self.samples) for name in ("intersection", "union"))
         scores["mIoU"] = 100 * math.fsum(ious) / len(ious)
         scores["oIoU"] = 100 * intersection / union if union else 0.0
@@ -195,14 +195,14 @@ def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
 
     "token cosine": the mean cosine between two of its tokens after BERT; at 1 they are one vector, repeated.
     "pixels shared with CLS": of the pixels that a word selects, the per cent that [CLS] selects too, averaged over
-        the words ([SEP] is none). Left out of a variant whose words do not select.
+        the words ([SEP] is none). Left out of a variant whose words, or whose [CLS], do not select.
     """
     real = attention_mask.to(output["tokens"].device, torch.float32)  # [B, T]
     count = real.sum(1)  # [CLS] and [SEP] at least
     total = (F.normalize(output["tokens"].float(), dim=-1) * real[..., None]).sum(1)  # [B, D]
-    measures = {"token cosine": (total.square().sum(-1) - count) / (count * (count - 1))}
+    measures = {"token cosine": (total.square().sum(-1) - count) / (count * (count - 1))}  # all pairs of two
     M = output["selection"].M
-    if M is not None and M.shape[1] == real.shape[1]:
+    if M is not None and M.shape[1] == real.shape[1] and M[:, 0].any():
         shared = 100 * (M * M[:, :1]).sum(-1) / M.sum(-1).clamp(min=1)  # [B, T]
         words = torch.zeros_like(real)  # [B, T] 1 for each token that is neither the first nor the last
         words[:, 1:-1] = real[:, 2:]
@@ -211,7 +211,7 @@ def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
 
 
 def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
-    """Give each sentence's place to a sentence of another image: a seeded permutation without fixed points.
+    """Give each sentence's place, and its ids, to a sentence of another image: a permutation without fixed points.
 
     The images are put in random order, their sentences side by side, and every sentence moves on by as many
     places as the longest image has, which leads out of its own image.
@@ -273,8 +273,8 @@ def pictures(
                           to [CLS] (bright: most), the pixels that [CLS] selected
     words-NAME.png        the pixels that each token selected (the paper's Figure 3), in the sample whose words' pixels
                           are least [CLS]'s, and its features in the plane (Figure 5)
-    expressions-NAME.png  the image in the middle under each of its expressions (Figures 7 and 9)
-    ratios-NAME.png       the sample in the middle, if the same model selects 10, 30, 50 or 80 % (Figure 4)
+    expressions-NAME.png  the image in the middle under each expression of its objects (Figures 7 and 9: of one object)
+    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4)
     """
 
     def look(index: int) -> tuple[str, list]:
@@ -309,19 +309,20 @@ def pictures(
         title += f"   {least['measures'][shared]:.0f} % of a word's pixels are [CLS]'s too"
     sheet(folder / f"words-{name}.png", [(title * (i == 0), tiles[i : i + 5]) for i in range(0, len(tiles), 5)])
 
-    rows, ratio = [], model.vis.ratio
-    for model.vis.ratio in (0.1, 0.3, 0.5, 0.8):
-        rows.append((f"ratio {model.vis.ratio}", look(len(dataset) // 2)[1][:5]))
-    model.vis.ratio = ratio
+    rows, trained = [], model.vis.ratio
+    for ratio in (0.1, 0.3, 0.5, 0.8):
+        model.vis.ratio = ratio
+        rows.append((f"ratio {ratio}", look(len(dataset) // 2)[1][:5]))
+    model.vis.ratio = trained
     if len(rows[0][1]) == 5:  # of a variant that selects
         sheet(folder / f"ratios-{name}.png", rows)
 
 
 def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Image:
-    """A sample's features in the plane of their first two principal components (the paper's Figure 5 has a t-SNE).
+    """A sample's features in the plane of their first two principal components (ours; Figure 5 has a t-SNE).
 
-    Orange: pixels of the target; blue: others; green: wrongly predicted; purple: linguistic tokens; red: visual
-    expression. output: VEGA's, of one sample; target: bool [H, W].
+    Orange: pixels of the target; blue: others; green: wrongly predicted; purple: linguistic tokens; red: the rest of G,
+    the visual expression. output: VEGA's, of one sample; target: bool [H, W].
     """
     F_v, (G, mask_G, *_) = output["F_v"][0], output["selection"]
     width = math.isqrt(len(F_v))
@@ -373,9 +374,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--checkpoint", metavar="FILE", help="default: best.pt of the newest run under runs/")
     flag("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
     flag("--resolution", choices=("input", "original"), default="input",
-         help="compare masks at the model's input size (the paper's protocol) or at the image's own")
+         help="compare masks at the model's input size (as the paper's peers) or at the image's own")
     flag("--json", metavar="FILE", help="also write the scores there, split -> scores in per cent")
-    flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU")
+    flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU and its counts")
     flag("--pictures", type=int, default=0, metavar="N",
          help="write N samples of each split beside the checkpoint, and what each word selects in one")
     flag("--shuffle-expressions", action="store_true", help="give each sample the expression of another image")
@@ -453,7 +454,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         metrics = evaluate(model, dataset, device, precision, settings.get("workers", 0), args.resolution)
         scores[split] = metrics.compute()
         for sample in metrics.samples:
-            lines.append(json.dumps({"split": split, **dataset.ids(sample["index"]), "iou": sample["iou"]}))
+            counts = {name: sample[name] for name in ("iou", "intersection", "union")}
+            lines.append(json.dumps({"split": split, **dataset.ids(sample["index"]), **counts}))
         if args.pictures and rank() == 0:
             label = split + "-shuffled" * args.shuffle_expressions
             pictures(model, tokenizer, dataset, metrics, device, checkpoint_file.parent, label, args.pictures)
@@ -465,7 +467,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         for split, ours in scores.items():
             paper = of_paper(config, name, split) if comparable else {}
             difference = {column: ours[column] - paper[column] for column in paper}
-            for first, second, row in ((name, split, ours), ("", "paper", paper), ("", "ours -", difference)):
+            for first, second, row in ((name, split, ours), ("", "paper", paper), ("", "- paper", difference)):
                 cells = "".join(f"{row[column]:>8.2f}" if column in row else " " * 8 for column in COLUMNS)
                 if row:
                     print(f"{first:<16}{second:<8}{cells}")

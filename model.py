@@ -2,11 +2,11 @@
 
     expression --> BERT --> tokens                                                                Sec. 3.1
     image --> Swin stages 1..4, each followed by EarlyFusion with the tokens --> F_1 .. F_4       Sec. 3.1
-    tokens --> cross-attention to F_v (F_4 projected to D channels) --> Q_l                       Table 2
+    tokens --> cross-attention to F_v (F_4 projected to D channels) --> Q_l, enhanced             Table 2, last row
     F_v, Q_l --> VISBlock --> guidance set G = {Q_l, Q_v}                                         Sec. 3.2
     F_4 .. F_1, G --> Decoder --> logits                                                          Sec. 3.3
 
-Tokens are [B, N, C] and maps [B, H, W, C]; only the decoder's convolutions see [B, C, H, W].
+Pixels are [B, N, C] as tokens and [B, H, W, C] as maps; [B, C, H, W] is for images, convolutions and resizing alone.
 """
 
 import os
@@ -86,7 +86,7 @@ class VEGAConfig:
 
 
 class EarlyFusion(nn.Module):
-    """LAVT's pixel-word attention and its gated residual, after each Swin stage (Sec. 3.1)."""
+    """Early fusion after each Swin stage (Sec. 3.1). Ours: LAVT's pixel-word attention and its gated residual."""
 
     def __init__(self, dim: int, language_dim: int, gated: bool = True):
         super().__init__()
@@ -100,11 +100,12 @@ class EarlyFusion(nn.Module):
             self.gate = nn.Sequential(
                 nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh()
             )
-        else:  # nothing follows the last stage, and a gate there would never see a gradient
+        else:  # ours: nothing follows the last stage, and a gate there would never see a gradient
             self.gate = None
 
     def forward(self, x: Tensor, tokens: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, C], tokens [B, T, D], mask_l [B, T] -> fused and x + gate(fused) * fused (or None), [B, N, C]."""
+        """x [B, N, C], tokens [B, T, D], mask_l [B, T] -> [B, N, C] both: `fused` is for the decoder, and x with
+        `fused` added through the gate is for the next stage (None after the last)."""
         # F.instance_norm: each channel of each sample to mean 0 and variance 1 over the pixels
         query = F.instance_norm(self.query(x).mT).mT  # [B, N, C]
         bias = padding_bias(mask_l).to(query.dtype)  # [B, 1, T]
@@ -116,10 +117,10 @@ class EarlyFusion(nn.Module):
 
 
 class PadThenShiftBlock(SwinTransformerBlock):
-    """timm's Swin block on maps that its windows do not tile: pad to whole windows first, then shift.
+    """timm's Swin block on maps that its windows do not tile. Ours: pad to whole windows first, then shift, as LAVT.
 
     timm shifts first and pads after, so that opposite edges of the image share a window and no mask parts
-    them. On a map that is already whole windows wide it pads nothing, so padding before it is enough.
+    them. A map that is padded before has whole windows, and timm adds nothing.
     """
 
     def _attn(self, x: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def start_from_scratch(swin: SwinTransformer) -> None:
     """Ours: with these starting weights Swin learns shapes sooner than with timm's; pretrained ones take their place.
 
     The linear layers start as wide as Xavier says: timm's 0.02 is for wide layers. And each head of the attention
-    starts by looking around a place of its own near the pixel: timm's look at the whole window alike.
+    starts by looking around a random place near the pixel (a Gaussian): timm's look at the whole window alike.
     """
     for module in swin.modules():
         if isinstance(module, nn.Linear):
@@ -155,7 +156,7 @@ class VisionEncoder(nn.Module):
             depths=config.depths, num_heads=config.num_heads, window_size=config.window_size,
             drop_path_rate=config.drop_path,
         )  # fmt: skip
-        self.swin.norm = nn.Identity()  # each stage has its own below
+        self.swin.norm = nn.Identity()  # ours: each stage has its own below
         for stage in self.swin.layers:
             for block in stage.blocks:
                 block.__class__ = PadThenShiftBlock
@@ -168,7 +169,7 @@ class VisionEncoder(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in self.dims)
         if config.coordinates:
             self.coordinates = nn.Linear(2, config.embed_dim)
-            with torch.no_grad():  # as strong as the patches; at torch's own scale some seeds learn no places at all
+            with torch.no_grad():  # as strong as the patches; torch's own scale is too weak for some seeds
                 self.coordinates.weight *= 4
 
     def forward(self, image: Tensor, tokens: Tensor, mask_l: Tensor) -> list[Tensor]:
@@ -191,7 +192,8 @@ class VisionEncoder(nn.Module):
 class Decoder(nn.Module):
     """From the last stage to the first: look at the guidance set, upsample, join the encoder's map (Sec. 3.3).
 
-    Ours: the width, one convolution a stage, GroupNorm (BatchNorm would make several processes differ from one).
+    Ours: the width, a linear layer and a convolution at each join, GroupNorm in groups of 8 channels (BatchNorm would
+    make several processes differ from one).
     """
 
     def __init__(self, vision_dims: list[int], guidance_dim: int, width: int, num_heads: int):
@@ -216,7 +218,7 @@ class Decoder(nn.Module):
         for skip, project_x, project_skip, convolution, attention in zip(
             reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:]
         ):
-            # linear(concatenation of x and skip), as a sum: the half of x is computed before it is upsampled
+            # linear(concatenation of upsampled x and skip), as a sum of two; x's part commutes with the upsampling
             x = F.interpolate(project_x(x).permute(0, 3, 1, 2), skip.shape[1:3], mode="bilinear")
             x = convolution(x + project_skip(skip).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H_i, W_i, width]
             x = attention(x.flatten(1, 2), G, bias).unflatten(1, skip.shape[1:3])
@@ -224,7 +226,7 @@ class Decoder(nn.Module):
 
 
 class VEGA(nn.Module):
-    """Visual Expression Guidance for Referring Expression Segmentation. It starts at random; see `load_swin`."""
+    """Visual Expression Guidance for Referring Expression Segmentation. It starts at random; see `train.build`."""
 
     def __init__(self, config: VEGAConfig):
         super().__init__()
@@ -255,14 +257,14 @@ class VEGA(nn.Module):
             "tokens": [B, T, D] BERT's, which have not looked at the image.
             "F_v": [B, N, D] the vision features that the tokens select from; None in Table 2, row 1.
             "selection": Selection, see selection.py.
-            "similarity": [B, H_4, W_4] the similarities of [CLS] as a map, the s of Eq. 5; None if nothing is selected.
+            "similarity": [B, H_4, W_4] the similarities of [CLS] as a map, the s of Eq. 5; 0 or None if there are none.
         """
         tokens = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
         features = self.vision(image, tokens, attention_mask)  # [B, H_i, W_i, C_i] of each stage
         F_v, Q_l = None, tokens
         if self.enhance is not None:  # not in Table 2, row 1
-            F_v = self.project_vision(features[-1].flatten(1, 2))  # [B, N, D]; ours: of the last stage
-            Q_l = self.enhance(tokens, F_v)  # [B, T, D] each token looks at every pixel
+            F_v = self.project_vision(features[-1].flatten(1, 2))  # [B, N, D]; ours: the last stage, projected
+            Q_l = self.enhance(tokens, F_v)  # [B, T, D] each token looks at every pixel; ours: before selecting
         selection = self.vis(F_v, Q_l, attention_mask)
         logits = self.decoder(features, selection.G, selection.mask_G)  # [B, H / 4, W / 4]
         logits = F.interpolate(logits.float()[:, None], image.shape[-2:], mode="bilinear")[:, 0]  # [B, H, W]

@@ -4,7 +4,7 @@
     T  tokens of an expression: [CLS], its words, [SEP], padding
     N  pixels of the last vision stage
     D  channels
-    K  pixels that each token selects, int(N * ratio)
+    K  pixels that each token selects, int(N * ratio), at least one
 
 Each token selects the K pixels that are most similar to it and gathers them into one token of the *visual expression*.
 A comment or docstring with "ours:" marks what the paper does not give.
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 
 class Selection(NamedTuple):
-    """What a VIS block returns. The shapes are VEGA's; an ablation with others says so."""
+    """What a VIS block returns. The shapes are VEGA's; some ablations have others beside their lines."""
 
     G: Tensor  # [B, 2T, D] the guidance set: linguistic tokens, then the visual expression
     mask_G: Tensor  # [B, 2T] 0 for tokens of padding
-    S: Tensor | None  # [B, T, N] cosine similarities; the first row is [CLS]'s. None if nothing is selected
-    M: Tensor | None  # [B, T, N] 1 at the K pixels that each token selects, else 0. None if nothing is selected
+    S: Tensor | None  # [B, T, N] cosine similarities, the first row [CLS]'s; None in a variant that does not select
+    M: Tensor | None  # [B, T, N] 1 at the K pixels that each token selects, else 0; None likewise
 
 
 def padding_bias(mask_l: Tensor) -> Tensor:
@@ -60,21 +60,13 @@ class AttentionLayer(nn.Module):
         return self.norm(q + F.dropout(attended, self.dropout, self.training))
 
 
-class SelfAttention(AttentionLayer):
-    """The self-attention of Algorithm 1, which takes mask_l."""
-
-    def forward(self, q: Tensor, kv: Tensor, mask_l: Tensor | None = None) -> Tensor:
-        """q [B, Q, dim], kv [B, R, dim], mask_l [B, R] 1 for real tokens, 0 for padding -> [B, Q, dim]."""
-        return super().forward(q, kv, None if mask_l is None else padding_bias(mask_l))
-
-
 class VISBlock(nn.Module):
-    """Algorithm 1, with its comments in its order.
+    """Algorithm 1 in its order, with its comments; only "expand dimension" is left out.
 
     Two things look like mistakes, are the paper's, and are kept:
 
-    * S_norm sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4). E is the query of the
-      cross-attention and its residual. Divided by K it is nearly zero in both.
+    * S_norm sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4). So E, which is query
+      and residual of the cross-attention, is nearly zero: tokens differ almost only by the pixels that M_hat leaves.
     * The cosine similarities in S lie in [-1, 1], and the softmax has no temperature. No selected pixel can weigh more
       than e^2 = 7.4 times another.
     """
@@ -82,16 +74,16 @@ class VISBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
         self.ratio = ratio  # the share of the pixels that each token selects, in (0, 1]; 0.3 in the paper (Table 6)
-        self.proj_v = nn.Linear(dim, dim)  # phi_v of Eq. 1
+        self.proj_v = nn.Linear(dim, dim)  # phi_v of Eq. 1; the pseudocode has one proj for both
         self.proj_l = nn.Linear(dim, dim)  # phi_l
         self.cross_attention = AttentionLayer(dim, num_heads, dropout=dropout)  # ours: the heads and the dropout
-        self.self_attention = SelfAttention(dim, num_heads, dropout=dropout)
+        self.self_attention = AttentionLayer(dim, num_heads, dropout=dropout)
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         """Select pixels for each token, and make the guidance set of them.
 
-        The choice of the pixels has no gradient. S has one: Eq. 5 reaches the row of [CLS], and S_norm, weakly, every
-        row. Through S the projections and both encoders learn.
+        The choice of the pixels has no gradient. S has one: from Eq. 5 in the row of [CLS], and weakly from S_norm in
+        every row. The projections learn through S alone.
 
         Args:
             F_v: [B, N, D] vision features.
@@ -115,15 +107,15 @@ class VISBlock(nn.Module):
             rank_index = S.topk(K, dim=-1).indices  # [B, T, K]
 
             # top-k mask generation
-            M = torch.zeros_like(S).scatter(-1, rank_index, 1.0)  # [B, T, N]
+            M = torch.zeros_like(S).scatter(-1, rank_index, 1.0)  # [B, T, N], Eq. 2 and 3
 
             # non top-k similarity scores masking
             # & top-k ranked similarities normalization
             M_hat = M * 1e4 - 1e4  # [B, T, N]; as the pseudocode, where Eq. 2 has minus infinity
-            S_norm = torch.softmax(S + M_hat, dim=-1)  # [B, T, N], Eq. 3
+            S_norm = torch.softmax(S + M_hat, dim=-1)  # [B, T, N], Eq. 4
 
             # weighted average summation
-            # ours: the pseudocode expands F_v, M and S_norm to [B, T, N, D] and sums over N. This is the same
+            # ours: a product of matrices sums over N; the pseudocode expands to [B, T, N, D] first. This is the same
             E = (M * S_norm) @ F_v / K  # [B, T, D]
 
         # the visual expression extracted by the cross-attention with
@@ -131,7 +123,7 @@ class VISBlock(nn.Module):
         Q_v = self.cross_attention(E, F_v, M_hat)  # [B, T, D]; F_v under M_hat is F_topk of Eq. 4
 
         # considering the visual contexts via the self-attention
-        Q_v = self.self_attention(Q_v, Q_v, mask_l)  # [B, T, D]
+        Q_v = self.self_attention(Q_v, Q_v, padding_bias(mask_l))  # [B, T, D]; 0 or -1e4, as in M_hat
 
         # new guidance set
         G = torch.cat([Q_l, Q_v], dim=1)  # [B, 2T, D]
@@ -143,7 +135,7 @@ INITIAL_LOG_TAU = math.log(0.07)  # ours: the model learns log tau, from here, s
 
 
 def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Tensor:
-    """Eq. 5, in fp32. Ours: s is resized to the mask, and the mean is taken over the mask's pixels.
+    """Eq. 5, in fp32. Ours: s is resized to the target, and the mean is taken over the target's pixels.
 
     Args:
         s: [B, h, w] the similarities of [CLS], its row of S, as a map.
@@ -156,24 +148,23 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
 
 
 class Stepwise(nn.Module):
-    """Algorithm 1 in steps: layers and methods. An ablation replaces one of them, a layer by a method of its name.
+    """Algorithm 1 once more, a method a step. An ablation overrides a step, or a layer by a method of the layer's name.
 
-    As they are, they return what VISBlock returns, on a CPU bit for bit.
+    Unchanged, it returns what VISBlock returns, on a CPU bit for bit.
     """
 
-    layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # those that the ablation has a use for
+    layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # to be made: those that no method overrides
     selecting = slice(None)  # the tokens that select: all
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
         self.ratio = ratio
-        attention = {"cross_attention": AttentionLayer, "self_attention": SelfAttention}
         for name in self.layers:
-            layer = attention[name](dim, num_heads, dropout=dropout) if name in attention else nn.Linear(dim, dim)
-            self.add_module(name, layer)
+            attention = name.endswith("attention")
+            self.add_module(name, AttentionLayer(dim, num_heads, dropout=dropout) if attention else nn.Linear(dim, dim))
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        tokens, mask = Q_l[:, self.selecting], mask_l[:, self.selecting]
+        tokens, mask = Q_l[:, self.selecting], mask_l[:, self.selecting]  # [B, R, D], [B, R]: R tokens select
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
             S = self.compare(F_v, tokens.float())
@@ -182,27 +173,27 @@ class Stepwise(nn.Module):
             S_norm = self.normalise(S, M_hat)
             E = self.pool(M, S_norm, F_v)
         Q_v = self.cross_attention(E, F_v, M_hat)
-        Q_v = self.self_attention(Q_v, Q_v, mask)
+        Q_v = self.self_attention(Q_v, Q_v, padding_bias(mask))
         return Selection(torch.cat([Q_l, Q_v], dim=1), torch.cat([mask_l, mask], dim=1), S, M)
 
-    def compare(self, F_v: Tensor, Q_l: Tensor) -> Tensor:  # -> S
-        return F.normalize(self.proj_l(Q_l), dim=-1) @ F.normalize(self.proj_v(F_v), dim=-1).mT
+    def compare(self, F_v: Tensor, tokens: Tensor) -> Tensor:  # -> S [B, R, N]
+        return F.normalize(self.proj_l(tokens), dim=-1) @ F.normalize(self.proj_v(F_v), dim=-1).mT
 
-    def rank(self, S: Tensor) -> Tensor:  # -> rank_index
+    def rank(self, S: Tensor) -> Tensor:  # -> rank_index [B, R, K]
         return S.topk(max(1, int(S.shape[-1] * self.ratio)), dim=-1).indices
 
-    def select(self, S: Tensor) -> Tensor:  # -> M
+    def select(self, S: Tensor) -> Tensor:  # -> M [B, R, N]
         return torch.zeros_like(S).scatter(-1, self.rank(S), 1.0)
 
-    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:  # -> S_norm
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:  # -> S_norm [B, R, N]
         return torch.softmax(S + M_hat, dim=-1)
 
-    def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:  # -> E
-        return (M * S_norm) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)  # M.sum is K
+    def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:  # -> E [B, R, D]
+        return (M * S_norm) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)  # M.sum is K; see also SigmoidThreshold
 
 
 class LinguisticGuidance(Stepwise):
-    """Table 2, rows 1 and 2: the linguistic tokens alone are the guidance set."""
+    """Table 2, rows 1 and 2: G is the linguistic tokens. Ours: Figure 5's "w/o visual expression" is row 2."""
 
     layers = ()
 
@@ -232,7 +223,7 @@ class TopKPixels(Stepwise):
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
             S = self.compare(F_v, Q_l[:, :1])  # [B, 1, N]
-        rank_index = self.rank(S).sort().values  # [B, 1, K]
+        rank_index = self.rank(S).sort().values  # [B, 1, K] in the map's order
         F_topk = F_v.take_along_dim(rank_index.mT, dim=1)  # [B, K, D]
         G = torch.cat([Q_l, F_topk], dim=1)  # [B, T + K, D]
         return Selection(G, F.pad(mask_l, (0, F_topk.shape[1]), value=1), S, self.select(S))
@@ -242,7 +233,7 @@ class NoCues(Stepwise):
     """Table 3b, row 1: neither [CLS] nor the words select; learned queries gather from all pixels.
 
     Ours: the learned queries, as many as the longest expression has tokens, 21. The paper says only that both cues are
-    gone, and its figure is not the one of G without visual tokens (Table 2, row 2).
+    gone. Visual tokens must be left: without any it would be Table 2, row 2, whose figures differ.
     """
 
     layers = ("cross_attention", "self_attention")
@@ -260,7 +251,10 @@ class NoCues(Stepwise):
 
 
 class LocalOnly(Stepwise):
-    """Table 3b, row 2: the words select, [CLS] does not: its rows of S and M are zero. G is [B, 2T - 1, D]."""
+    """Table 3b, row 2: the words select, [CLS] does not: its rows of S and M are zero. G is [B, 2T - 1, D].
+
+    Without Eq. 5, which needs [CLS], little teaches the words what to select.
+    """
 
     selecting = slice(1, None)
 
@@ -279,15 +273,15 @@ class GlobalOnly(Stepwise):
     layers = ("proj_v", "proj_l", "cross_attention")
     selecting = slice(0, 1)
 
-    def self_attention(self, q: Tensor, kv: Tensor, mask_l: Tensor) -> Tensor:
+    def self_attention(self, q: Tensor, kv: Tensor, bias: Tensor) -> Tensor:
         return q
 
 
 class SigmoidThreshold(Stepwise):
     """Table 4a, row 1: a pixel is selected where the sigmoid of its similarity exceeds 0.5. There is no ratio.
 
-    Ours: the mean divides by the number of pixels selected. A token may select none. Then its E is zero, and M_hat, the
-    same for every pixel, hides none from it.
+    Ours: of S itself, not of S / tau; the mean divides by the number of pixels selected. If a token selects none, its E
+    is zero and it attends to all pixels.
     """
 
     def select(self, S: Tensor) -> Tensor:
@@ -350,14 +344,14 @@ class SumOnceSharp(SumOnce, Sharp):
 
 
 class Variant(NamedTuple):
-    """A row of the paper's ablations, and what the model makes of it."""
+    """A row of the paper's ablations, and how the model is built for it."""
 
     table: str
     row: str
-    mIoU: float | None  # the paper's, on RefCOCO val, in per cent; None for ours. (VEGA's is 76.27 in Tables 4 to 6)
+    mIoU: float | None  # the paper's on RefCOCO (ours: val), in per cent; VEGA's is 76.27 in Tables 4 to 6
     oIoU: float | None
     block: type[nn.Module] = VISBlock
-    enhanced: bool = True  # the linguistic tokens look at F_v before they select and enter G
+    enhanced: bool = True  # the linguistic tokens look at F_v before they select and enter G; ours: in Tables 3, 4 too
     contrastive: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
 
 

@@ -38,7 +38,7 @@ from selection import VARIANTS
 
 # How a model is trained unless a flag says otherwise. BERT learns at bert_factor * lr, and the learning rate
 # rises over the first `warmup` of the steps.
-RECIPES = {  # base: epochs, batch size and lr of Sec. 4.1; ours: the others
+RECIPES = {  # base's epochs, batch_size and lr are of Sec. 4.1, all else is ours
     "tiny": dict(epochs=4, batch_size=8, lr=1e-3, bert_factor=0.05, warmup=0.05, beta2=0.98, log_every=10, workers=0),
     "base": dict(epochs=40, batch_size=16, lr=3e-5, bert_factor=1.0, warmup=0.0, beta2=0.999, log_every=50, workers=4),
 }
@@ -46,7 +46,7 @@ SETTABLE = {
     "variant": str, "ratio": float, "image_size": int, "dropout": float, "drop_path": float, "contrastive": float,
     "dice": float, "coordinates": {"true": True, "false": False}.__getitem__,
 }  # fmt: skip
-STOPPED = 75  # exit status of a run that a signal stopped and --resume goes on with; sysexits.h: try again
+STOPPED = 75  # exit status after a signal, EX_TEMPFAIL of sysexits.h; --resume goes on
 START_FLAGS = "dataset model init swin bert no_pretrained".split()  # fixed when a run starts
 FREE_FLAGS = "device data images workers out resume resume_anyway config".split()  # may change on --resume
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> dict:
         gather(None)  # the others wait
 
     parallel = DistributedDataParallel(model) if world() > 1 else model
-    parallel.broadcast_buffers = False  # Swin's are constants; set here, for torch 2.15 deprecates the argument
+    parallel.broadcast_buffers = False  # buffers are constants; set here, for torch 2.15 deprecates the argument
     order = training_batches(len(train), args.batch_size, done, total, args.seed, rank(), world())
     batches = load_batches(train, order, args.workers, device)
     with noted_signals() as received:
@@ -185,7 +185,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     """The flags. args.config: the fields of VEGAConfig that were given, as a dict."""
     rows = [f"  {name:<22}{v.table:<5}{v.oIoU or '-':>5}  {v.row}" for name, v in VARIANTS.items()]
     variants = "\n".join(["variants, by the paper's table, with its oIoU on RefCOCO val:", *rows,
-                          "  --ratio 0.1 to 0.8    6    74.80 to 75.35  number of k"])  # fmt: skip
+                          "  --ratio 0.1, 0.3, 0.8 6    74.82, 75.35, 74.80  number of k"])  # fmt: skip
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=variants, formatter_class=as_written)
     common_flags(parser, "shapes, generated here")
@@ -194,13 +194,13 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     flag("--variant", type=lambda name: config_field(f"variant={name}"), dest="config", action="append",
          metavar="NAME", help="an ablation, listed below (default: vega)")
     flag("--epochs", type=float, help="default: 40 for base, 4 for tiny")
-    flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays to zero over them")
+    flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays over them")
     flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1e-3 for tiny)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16 for base, 8 for tiny)")
     flag("--micro-batch", type=int, metavar="N", help="each process takes its share of the batch N images at a time")
     flag("--seed", type=int, default=0, help="of the starting weights, the samples' order and choice, and dropout")
     flag("--gradient-checkpointing", action="store_true", help="compute Swin's blocks again in backward: less memory")
-    flag("--workers", type=int, help="processes that load images (default: 4 for base, 0 for tiny)")
+    flag("--workers", type=int, help="processes that load images, for each GPU (default: 4 for base, 0 for tiny)")
     flag = parser.add_argument_group("the run").add_argument
     flag("--out", metavar="DIR", help="default: runs/DATASET-TIME")
     flag("--resume", action="store_true", help="go on from last.pt of --out, or of the newest run")
@@ -284,17 +284,17 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, Path, dict | N
 # The batches, the model and its optimiser
 
 
-def training_batches(objects: int, batch_size: int, start: int, stop: int, seed: int, part: int = 0, parts: int = 1):
-    """For every step from `start` to `stop` one part of the global batch, a list of (epoch, object).
+def training_batches(objects: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world: int = 1):
+    """For every step from `start` to `stop` a process's share of the global batch, a list of (epoch, object).
 
     The order of each epoch is drawn from (seed, epoch); what does not fill a last batch is left out.
     """
-    size = batch_size // parts
+    size = batch_size // world
     for step in range(start, stop):
         epoch, batch = divmod(step, objects // batch_size)
         if batch == 0 or step == start:
             order = np.random.default_rng((seed, epoch)).permutation(objects)
-        first = batch * batch_size + part * size
+        first = batch * batch_size + rank * size
         yield [(epoch, int(number)) for number in order[first : first + size]]
 
 
@@ -303,7 +303,7 @@ def build(args: argparse.Namespace, resumed: dict | None) -> tuple[VEGA, BertTok
 
     A new model has pretrained BERT's tokenizer, or one made of the training words.
     """
-    expressions = RefDataset(args.dataset, "train", args.data, args.images).expressions
+    expressions = RefDataset(args.dataset, "train", args.data, args.images).expressions  # the first draws the shapes
     if resumed is not None:
         return restore(resumed, torch.device("cpu"), **args.config)
     if args.init:
@@ -335,8 +335,8 @@ def build(args: argparse.Namespace, resumed: dict | None) -> tuple[VEGA, BertTok
 
 
 def make_optimizer(model: VEGA, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW, with a "factor" of the learning rate in each group. Ours: what has one dimension, and Swin's relative
-    position tables, do not decay.
+    """AdamW, with a "factor" of the learning rate in each group. Ours: no decay for what has fewer than two dimensions
+    (log_tau too) and for Swin's relative position tables.
     """
     groups = {(factor, no_decay): [] for factor in (args.bert_factor, 1.0) for no_decay in (False, True)}
     for name, parameter in model.named_parameters():
@@ -351,7 +351,9 @@ def make_optimizer(model: VEGA, args: argparse.Namespace) -> torch.optim.AdamW:
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
     """Of a step from 1 to total: polynomial decay (Sec. 4.1). Ours: power 0.9; a rise over the first args.warmup."""
     warmup = args.warmup * total
-    return args.lr * min(step / (warmup + 1), (1 - (step - 1 - warmup) / (total - warmup)) ** 0.9)
+    if step < warmup + 1:
+        return args.lr * step / (warmup + 1)
+    return args.lr * (1 - (step - 1 - warmup) / (total - warmup)) ** 0.9
 
 
 # The log, the progress, the signals
@@ -394,7 +396,7 @@ class Progress:
         self.sums, self.logged_step = sums, logged_step  # the losses' sums since the step that was last logged
         self.recent = []  # step, samples and loss of each micro-batch since the last `check`
         self.bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
-        self.began, self.told = time.perf_counter(), 0.0
+        self.began, self.said_at = time.perf_counter(), 0.0
 
     def add(self, step: int, index: torch.Tensor, losses: dict[str, torch.Tensor], parts: int) -> None:
         """Count the samples and losses of one of a step's `parts` micro-batches."""
@@ -406,12 +408,12 @@ class Progress:
         """A step is done. Where there is no bar, say now and then how long the others will take."""
         self.bar.update()
         seconds = time.perf_counter() - self.began
-        if self.bar.disable and seconds - self.told >= min(600, max(20, seconds / 10)):
-            self.told, left = seconds, (self.total - step) * seconds / (step - self.done) / 60
+        if self.bar.disable and seconds - self.said_at >= min(600, max(20, seconds / 10)):
+            self.said_at, left = seconds, (self.total - step) * seconds / (step - self.done) / 60
             say(f"step {step} of {self.total}: loss {self.recent[-1][2]:.3f}, {left:.0f} minutes left")
 
     def line(self, step: int) -> dict:
-        """The mean losses since the last line of the log, and the seconds since the start."""
+        """The mean losses since the last line of the log, and the seconds since this process began."""
         line = {name: value.item() / (step - self.logged_step) for name, value in self.sums.items()}
         self.bar.set_postfix(loss=f"{line['loss']:.3f}")
         self.sums, self.logged_step = {}, step
