@@ -123,7 +123,7 @@ def algorithm_1(block: VISBlock, F_v, Q_l, mask_l, ratio, variant="vega"):
     if variant == "no-similarity-weights":
         E = (M.unsqueeze(-1) * F_v_repeated).sum(dim=2) / int(N * ratio)
     Q_v = E if variant == "no-cross-attention" else block.cross_attention(E, F_v, M_hat)
-    Q_v = block.self_attention(Q_v, Q_v, mask_l)
+    Q_v = block.self_attention(Q_v, Q_v, (mask_l[:, None] - 1) * 1e4)
     return torch.cat([Q_l, Q_v], dim=1), S, M
 
 
