@@ -2343,13 +2343,13 @@ def test_the_papers_row_stands_under_a_base_models_scores(trained, tmp_path, cap
         return scores, [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
 
     scores, lines = printed()
-    assert [line[0] for line in lines] == ["refcoco", "paper", "ours"] * 2
+    assert [line[0] for line in lines] == ["refcoco", "paper", "-"] * 2
     assert lines[1][1:] == paper[0][2:] and lines[4][1:] == paper[1][2:]
     assert float(lines[2][-1]) == pytest.approx(scores["val"]["oIoU"] - 75.35, abs=0.006)
     assert float(lines[5][2]) == pytest.approx(scores["testA"]["P@0.5"] - 89.00, abs=0.006)
     for settings in (("unmasked-softmax", 0.3), ("vega", 0.5)):  # Table 4d and Table 6, of val alone
         _, lines = printed("base", *settings)
-        assert lines[1] == ["paper", "76.22", "75.14"] and [line[0] for line in lines[2:]] == ["ours", "refcoco"]
+        assert lines[1] == ["paper", "76.22", "75.14"] and [line[0] for line in lines[2:]] == ["-", "refcoco"]
     for silent in (("tiny",), ("base", "unmasked-softmax", 0.5), ("base", "vega", 0.35),
                    ("base", "vega", 0.3, "--shuffle-expressions"), ("base", "vega", 0.3, "--resolution", "original")):  # fmt: skip
         assert [line[0] for line in printed(*silent)[1]] == ["refcoco"] * 2
