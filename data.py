@@ -11,6 +11,7 @@ FOLDER/{instances.json, refs.json or refs*.p, images/}     any other dataset: --
 
 import argparse
 import codecs
+import contextlib
 import functools
 import gc
 import io
@@ -35,6 +36,18 @@ class InputError(ValueError):
     """A wrong input, told in words for the person who gave it: what, where, what to do."""
 
 
+@contextlib.contextmanager
+def input_errors(told: str):
+    """Whatever goes wrong in this block is a wrong input: an InputError that says `told` and the error's first line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of Pillow, pickle, torch, timm, transformers: dozens of classes
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise InputError(f"{told} ({kind}{error}".partition("\n")[0] + ")") from None
+
+
 def command_line(main):
     """Decorate a script's main: a wrong input ends it with one message and status 1, without a traceback."""
 
@@ -43,7 +56,7 @@ def command_line(main):
         try:
             return main(argv)
         except (InputError, OSError) as error:
-            # a loader process sends its traceback along in the message
+            # from a loader process the message holds a traceback; the text is at its end
             raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from error
         except RuntimeError as error:
             if torch.distributed.is_initialized() and re.search("connection|nccl", str(error), re.IGNORECASE):
@@ -68,7 +81,7 @@ DATASETS = {  # name -> its refs file under --data, beside instances.json, and s
     "refcocog-google": ("refcocog/refs(google).p", {"train": (44822, 24698), "val": (5000, 4650)}),
 }  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
-REACH = 1_000_000  # the longest outline of a polygon, in pixels, from the origin round and back; it takes 0.4 GB
+REACH = 1_000_000  # the longest outline of a polygon, in pixels from the origin round and back: memory is finite
 
 
 # Reading: pickles, masks, images
@@ -87,7 +100,7 @@ class PlainUnpickler(pickle.Unpickler):
 def read_refs(path: Path) -> list[dict]:
     """The refs of a JSON file, or of a pickle by Python 2 (byte strings in UTF-8, a few in Latin-1) or Python 3."""
     content = path.read_bytes()
-    try:
+    with input_errors(f"{path} is not a list of refs, or not whole"):
         if path.suffix == ".json":
             refs = json.loads(content)
         else:
@@ -102,9 +115,7 @@ def read_refs(path: Path) -> list[dict]:
                 values += value
             if len(values) > len(content):
                 raise ValueError("more values than bytes")
-    except Exception as error:  # a pickle can be wrong in a dozen ways
-        raise InputError(f"{path} is not a list of refs, or not whole ({type(error).__name__}: {error})") from None
-    return refs
+        return refs
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
@@ -114,13 +125,11 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     [h, w], "counts": ..}, with counts as a list or as COCO's compressed string. A list means the union of its parts.
     Raises InputError if it is none of these, an RLE does not fill the image exactly, or a polygon is longer than REACH.
     """
-    try:
+    with input_errors("it can't be drawn: it must be a list of polygons [x0, y0, ..] or RLEs"):
         mask = np.zeros((height, width), dtype=bool)
         for part in [segmentation] if isinstance(segmentation, dict) else segmentation:
             mask |= (decode_rle if isinstance(part, dict) else fill_polygon)(part, height, width)
         return mask
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise InputError(f"it can't be drawn: it must be a list of polygons [x0, y0, ..] or RLEs ({error})") from None
 
 
 def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> np.ndarray:
@@ -190,14 +199,12 @@ def open_image(path: str | Path, read: Callable = to_rgb):
     """What `read` makes of an image file: an upright RGB image. Raises InputError if the file can't be read."""
     if not Path(path).is_file():
         raise InputError(f"there is no image {path}")
-    try:
+    with input_errors(f"{path} can't be read as an image"):
         return read(Image.open(path))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} can't be read as an image ({error})") from None
 
 
 def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
-    """An RGB image of any size -> uint8 [3, image_size, image_size]; `standardise` makes the model's input of it."""
+    """An RGB image of any size -> uint8 [3, image_size, image_size]. Ours: squeezed to a square, never flipped."""
     pixels = np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
@@ -280,7 +287,7 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
         if not file.is_file():
             raise InputError(f"{file} is missing: see RefCOCO or Your own data in the README, or try --dataset shapes")
     refs = read_refs(refs_file)
-    try:
+    with input_errors(f"{instances_file} is not JSON, or it or {refs_file} is not in REFER's format"):
         instances = json.loads(instances_file.read_bytes())
         entries = {image.get("id", image["file_name"]): image for image in instances["images"]}
         if len(entries) < len(instances["images"]):
@@ -288,9 +295,6 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
         annotations = {a["id"]: a["segmentation"] for a in instances.get("annotations", [])}
         place = {image_id: number for number, image_id in enumerate(entries)}
         refs = sorted(enumerate(refs), key=lambda pair: place.get(pair[1]["image_id"], -1))  # an image's side by side
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        told = f"{instances_file} is not JSON, or it or {refs_file} is not in REFER's format"
-        raise InputError(f"{told} ({error!r})") from None
     folders = [Path(images)] if images else folders
     sample = [str(image["file_name"]) for image in instances["images"][:20]]
     folder = max(folders, key=lambda folder: sum((folder / file).is_file() for file in sample))
@@ -300,7 +304,7 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
     objects, sentence_count = {}, 0
     for number, ref in refs:
         ref_id = ref.get("ref_id", number)
-        try:
+        with input_errors(f"ref {ref_id} of {name} or its image is not in order"):
             image = entries.get(ref["image_id"])
             segmentation = ref.get("segmentation") or annotations.get(ref.get("ann_id"))
             if image is None or segmentation is None:
@@ -325,9 +329,6 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
                 [one.get("sent_id", sentence_count + i) for i, one in enumerate(sentences)],
                 [one["raw"].encode(errors="replace").decode().strip() for one in sentences],
             )  # fmt: skip
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            reason = error if isinstance(error, ValueError) else repr(error)
-            raise InputError(f"ref {ref_id} of {name} or its image is not in order: {reason}") from None
         objects.setdefault(ref["split"], []).append(item)
         sentence_count += len(sentences)
     return objects, folder
@@ -336,11 +337,11 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
 class RefDataset(torch.utils.data.Dataset):
     """One split of a REFER-format dataset. Raises InputError if something is not in order.
 
-    Training: item (epoch, i) is object i with one of its sentences, drawn from (seed, epoch, i), so that neither
-    workers nor ranks change it. Evaluation: item i is sentence i, and every sentence of every object has its turn.
+    Training: item (epoch, i) is object i with one of its sentences (ours: one an epoch), drawn from (seed, epoch, i),
+    so that neither workers nor ranks change it. Evaluation: item i is sentence i, every sentence of every object.
 
     Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
-    int64 [T] (T: tokens of the split's longest sentence), "index" the number of the sentence in `sentences`.
+    int64 [T] (T: tokens of the split's longest sentence), "index" the number of the sentence in `expressions`.
 
     Args:
         name: see `locate`.
@@ -360,18 +361,15 @@ class RefDataset(torch.utils.data.Dataset):
             told = f"{name} has no split {split!r}; it has {', '.join(objects) or 'none'}"
             raise InputError(f"{told}. Refs to train on have the split 'train', those to validate on 'val'")
         self.objects = objects[split]
-        self.sentences = [(number, raw) for number, item in enumerate(self.objects) for raw in item.sentences]
+        self.expressions = [text for item in self.objects for text in item.sentences]
+        self.owners = [number for number, item in enumerate(self.objects) for _ in item.sentences]  # in `objects`
         self.first = np.cumsum([0] + [len(item.sentences) for item in self.objects])  # an object's first sentence
         self.image_size, self.training, self.seed = image_size, training, seed
         self.tokens = tokenize(tokenizer, self.expressions, max_tokens) if tokenizer else {}
         self.decoded = (None, None)  # the last image's id and input, for its next sentence
 
-    @property
-    def expressions(self) -> list[str]:
-        return [raw for _, raw in self.sentences]
-
     def __len__(self) -> int:
-        return len(self.objects) if self.training else len(self.sentences)
+        return len(self.objects) if self.training else len(self.expressions)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         index = key
@@ -390,13 +388,15 @@ class RefDataset(torch.utils.data.Dataset):
 
     def ids(self, index: int) -> dict:
         """{"ref_id", "sent_id", "image_id", "expression"} of sentence `index`, for logs."""
-        (number, expression), item = self.sentences[index], self.object(index)
-        sent_id = item.sent_ids[index - self.first[number]]
-        return {"ref_id": item.ref_id, "sent_id": sent_id, "image_id": item.image_id, "expression": expression}
+        item = self.object(index)
+        sent_id = item.sent_ids[index - self.first[self.owners[index]]]
+        return {
+            "ref_id": item.ref_id, "sent_id": sent_id, "image_id": item.image_id, "expression": self.expressions[index],
+        }  # fmt: skip
 
     def object(self, index: int) -> Referred:
         """The object that sentence `index` names."""
-        return self.objects[self.sentences[index][0]]
+        return self.objects[self.owners[index]]
 
     def image(self, index: int) -> Image.Image:
         """The image of sentence `index`, RGB at its own size. Raises InputError if its shape is not as stated."""
@@ -421,7 +421,8 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
     """An iterator over the batches, which are lists of items or a batch sampler."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
-        generator=torch.Generator(), worker_init_fn=leave_process_group,
+        generator=torch.Generator(),  # of its own: torch's own seed must not move
+        worker_init_fn=shield_from_signals,
     )  # fmt: skip
     gc.collect()
     gc.freeze()  # the workers' garbage collector would touch, and so copy, every object that exists now
@@ -430,8 +431,8 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
     return iterator
 
 
-def leave_process_group(worker: int) -> None:
-    """Keep Ctrl-C and torchrun's SIGTERM, which go to whole groups, from the loader: the step is finished first."""
+def shield_from_signals(worker: int) -> None:
+    """Keep Ctrl-C and torchrun's SIGTERM, which go to process groups, from the loader: the step is finished first."""
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
 
@@ -473,22 +474,21 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
     splits, folder = read_dataset(name, data, images)  # raises what training would raise
     wrong = []
 
-    def row(what: str, found) -> None:
-        print(f"{what:<46}{found!s:>16}")
-
     print(f"{name}; images in {folder}")
     sizes = DATASETS[name][1] if name in DATASETS else {}
     for split in dict.fromkeys([*sizes, "train", "val", *splits]):
         items = splits.get(split, [])
         found = len(items), len({item.image_id for item in items})
-        row(f"{split}: refs, images", found)
+        print(f"{split}: {found[0]} refs of {found[1]} images")
         if found != sizes.get(split, found):
             wrong.append(f"{split}: WRONG, not {sizes[split]}")
+        elif not items:
+            wrong.append(f"{split}: MISSING, and needed to train")
     datasets = [RefDataset(name, split, data, images) for split in splits]
-    row("blank sentences", sum(not text for dataset in datasets for text in dataset.expressions))
+    print(f"blank sentences: {sum(not text for dataset in datasets for text in dataset.expressions)}")
     files = {item.file_name for items in splits.values() for item in items}
     missing = {file for file in files if not (folder / file).is_file()}
-    row("image files missing", len(missing))
+    print(f"image files missing: {len(missing)}")
     wrong += [f"missing: {file}" for file in sorted(missing)[:5]]
 
     objects = [(dataset, int(first)) for dataset in datasets for first in dataset.first[:-1]]
@@ -505,8 +505,8 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
         empty += not mask.any()
         if len(samples) < 12:
             samples.append([(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))])
-    row(f"broken, of {len(objects)} images and masks" + " (--all: every one)" * (not every_image), len(broken))
-    row("of these, masks without a pixel", empty)
+    print(f"decoded: {len(objects)} images and masks (with --all every one); broken: {len(broken)}")
+    print(f"masks without a pixel: {empty}")
     wrong += broken[:5]
     print("\n".join(wrong) or "nothing wrong was found")
     if samples:
@@ -628,7 +628,7 @@ def describe(objects: list[dict], target: dict, kind: str) -> list[list[str]]:
             distance = ahead(target, landmark, direction)
             aside = np.abs(target["center"] - landmark["center"]).sum() - abs(distance)
             clear = distance >= max(MARGIN, aside) and all(ahead(o, landmark, direction) <= 0 for o in others)
-            if others and clear:  # never true of the target itself, which lies no pixel ahead
+            if others and clear:  # the target itself is no landmark: it lies no pixel ahead of itself
                 found += [[wording.format(name, other) for wording in relations] for other in unique_names(landmark)]
     return found
 
@@ -666,12 +666,8 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict = SCENES) -> None:
         draw_scene(objects, rng).save(part / "images" / image["file_name"], quality=92)
         first = len(annotations)
         for item in objects:
-            (left, top), (right, bottom) = item["polygon"].min(0).tolist(), item["polygon"].max(0).tolist()
             annotations.append({
-                "id": len(annotations), "image_id": image["id"], "iscrowd": 0,
-                "category_id": 1 + list(SHAPES).index(item["shape"]),
-                "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
-                "area": int(fill_polygon(item["polygon"], CANVAS, CANVAS).sum()),
+                "id": len(annotations), "image_id": image["id"], "category_id": 1 + list(SHAPES).index(item["shape"]),
                 "segmentation": [item["polygon"].ravel().tolist()],
                 "attributes": {name: item[name] for name in ("shape", "color", "size")},
             })  # fmt: skip
@@ -689,9 +685,12 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict = SCENES) -> None:
     categories = [{"id": 1 + i, "name": shape} for i, shape in enumerate(SHAPES)]
     instances = {"info": {"seed": seed}, "images": images, "annotations": annotations, "categories": categories}
     (part / "instances.json").write_text(json.dumps(instances))
-    refs = json.loads(json.dumps(refs))  # equal bytes for equal content
+    refs = json.loads(json.dumps(refs))  # copies: pickle would write objects that repeat as references
     (part / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
-    shutil.rmtree(part) if folder.exists() else part.rename(folder)
+    if folder.exists():  # another run was faster
+        shutil.rmtree(part)
+    else:
+        part.rename(folder)
 
 
 def choose_targets(objects: list[dict], kinds: tuple[str, ...], rng: np.random.Generator) -> list | None:

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 
 from data import (
-    DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, load_batches, open_image, overlay, sheet,
-    standardise, to_input, to_rgb, tokenize,
+    DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, input_errors, load_batches, open_image, overlay,
+    sheet, standardise, to_input, to_rgb, tokenize,
 )  # fmt: skip
 from model import VEGA, VEGAConfig, newest_run, read_checkpoint, restore
 from selection import RATIOS, VARIANTS
@@ -61,9 +61,9 @@ def world() -> int:
 def pick_device(device: str | None) -> torch.device:
     """The device of that name, or CUDA if there is one; under torchrun each process has a GPU of its own.
 
-    A GPU becomes the current one, before anything is put on another. Raises InputError if the device is not to be had.
+    A GPU becomes the current one, so that nothing lands on GPU 0 by default. Raises InputError if there is no such.
     """
-    try:
+    with input_errors(f"--device {device or 'cuda'} can't be used here; try --device cpu"):
         picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if picked.type == "cuda":
             picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", picked.index or 0)))
@@ -74,9 +74,6 @@ def pick_device(device: str | None) -> torch.device:
             raise RuntimeError("it must be cpu or cuda")
         torch.zeros(1, device=picked)
         return picked
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device or picked} can't be used here ({reason}); try --device cpu") from None
 
 
 def start_processes(device: str | None) -> torch.device:
@@ -93,7 +90,7 @@ def autocast(device: torch.device, precision: str):
 
 
 def resolve_precision(precision: str | None, device: torch.device) -> str:
-    """What was asked for, or bf16 on cards that have it (older ones only emulate it) and fp32 elsewhere."""
+    """What was asked for. Ours: else bf16 on cards that have it (older ones only emulate it), and fp32 elsewhere."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and device.type == "cpu" and rank() == 0:
         if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
@@ -151,18 +148,16 @@ load = Segmenter
 
 
 class Metrics:
-    """P@0.5 to P@0.9, mIoU and oIoU (Sec. 4.1) from integer counts, so that their order and split don't matter."""
+    """P@0.5 to P@0.9, mIoU and oIoU (Sec. 4.1), the same however the samples are dealt to processes."""
 
     def __init__(self):
         self.samples = []  # dicts: "index", "intersection" and "union" in pixels, "iou", and "measures" of its words
 
     def update(self, prediction: torch.Tensor, target: torch.Tensor, index: int = 0, measures: dict | None = None):
-        """Count sample number `index`: bool [H, W] both, else a ValueError. measures: see `word_measures`."""
-        if prediction.shape != target.shape or prediction.dim() != 2:
-            raise ValueError(f"{tuple(prediction.shape)} and {tuple(target.shape)} are not the masks of one sample")
+        """Count sample number `index`, whose masks are bool [H, W] both. measures: see `word_measures`."""
         intersection = (prediction & target).sum().item()
         union = (prediction | target).sum().item()
-        iou = intersection / union if union else 0.0  # as in the peers' test scripts
+        iou = intersection / union if union else 0.0  # ours: 0, as in the peers' test scripts
         sample = {"index": index, "intersection": intersection, "union": union, "iou": iou, "measures": measures or {}}
         self.samples.append(sample)
 
@@ -180,14 +175,11 @@ class Metrics:
 
 def of_paper(config: VEGAConfig, dataset: str, split: str) -> dict:
     """The paper's scores of a base model with this variant and ratio, as `Metrics.compute` names them; may be empty."""
-    variant, scores = VARIANTS[config.variant], ()
-    if config.variant == "vega" and config.ratio == 0.3:
-        scores = TABLE_5.get((dataset, split), ())
-    elif (dataset, split) == ("refcoco", "val") and config.variant == "vega":
-        scores = RATIOS.get(config.ratio, ())
-    elif (dataset, split) == ("refcoco", "val") and config.ratio == 0.3 and variant.oIoU:
-        scores = variant.mIoU, variant.oIoU
-    return dict(zip(COLUMNS[-len(scores) :], scores))
+    rows = {("refcoco", "val", name, 0.3): (v.mIoU, v.oIoU) for name, v in VARIANTS.items() if v.oIoU}
+    rows |= {("refcoco", "val", "vega", ratio): scores for ratio, scores in RATIOS.items()}
+    rows |= {(*of, "vega", 0.3): scores for of, scores in TABLE_5.items()}
+    scores = rows.get((dataset, split, config.variant, config.ratio), ())
+    return dict(zip(reversed(COLUMNS), reversed(scores)))
 
 
 def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
@@ -201,20 +193,19 @@ def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
     count = real.sum(1)  # [CLS] and [SEP] at least
     total = (F.normalize(output["tokens"].float(), dim=-1) * real[..., None]).sum(1)  # [B, D]
     measures = {"token cosine": (total.square().sum(-1) - count) / (count * (count - 1))}  # all pairs of two
-    M = output["selection"].M
-    if M is not None and M.shape[1] == real.shape[1] and M[:, 0].any():
+    _, _, S, M = output["selection"]
+    if S is not None and S.shape[1] == real.shape[1] and S[:, 0].any():
         shared = 100 * (M * M[:, :1]).sum(-1) / M.sum(-1).clamp(min=1)  # [B, T]
-        words = torch.zeros_like(real)  # [B, T] 1 for each token that is neither the first nor the last
-        words[:, 1:-1] = real[:, 2:]
+        words = F.pad(real[:, 2:], (1, 1))  # [B, T] 1 for each token that is neither the first nor the last
         measures["pixels shared with CLS"] = (shared * words).sum(1) / words.sum(1).clamp(min=1)
     return [dict(zip(measures, row)) for row in zip(*(values.tolist() for values in measures.values()))]
 
 
 def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
-    """Give each sentence's place, and its ids, to a sentence of another image: a permutation without fixed points.
+    """Every mask gets the sentence of another image, by a permutation without fixed points.
 
     The images are put in random order, their sentences side by side, and every sentence moves on by as many
-    places as the longest image has, which leads out of its own image.
+    places as the image with the most has, which leads out of its own image.
     """
     rng = np.random.default_rng(seed)
     images = itertools.groupby(range(len(dataset)), lambda index: dataset.object(index).image_id)
@@ -226,7 +217,7 @@ def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     order = np.concatenate(images)
     source = np.empty_like(order)
     source[order] = np.roll(order, longest)
-    dataset.sentences = [(number, dataset.sentences[s][1]) for (number, _), s in zip(dataset.sentences, source)]
+    dataset.expressions = [dataset.expressions[s] for s in source]
     dataset.tokens = {name: values[source] for name, values in dataset.tokens.items()}
 
 
@@ -243,9 +234,9 @@ def evaluate(
     model.eval()
     metrics = Metrics()
     batches = list(BatchSampler(range(len(dataset)), BATCH_SIZE, drop_last=False))[rank() :: world()]  # dealt whole
-    loader, name = load_batches(dataset, batches, workers, device), f"{dataset.name} {dataset.split}"
-    quiet = True if rank() else None  # None: when not a terminal
-    for batch in tqdm(loader, name, len(batches), leave=False, unit="batch", disable=quiet):
+    loader = load_batches(dataset, batches, workers, device)
+    hidden = True if rank() else None  # None: shown in a terminal alone
+    for batch in tqdm(loader, dataset.split, len(batches), leave=False, unit="batch", disable=hidden):
         inputs = model_inputs(batch, device)
         with autocast(device, precision):
             output = model(*inputs)
@@ -254,7 +245,7 @@ def evaluate(
             if resolution == "original":
                 mask = torch.from_numpy(dataset.mask(index)).to(device)
                 logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
-            metrics.update(logits > 0, mask, index, measure)
+            metrics.update(logits > 0, mask, index, measure)  # ours: the target where its probability exceeds 0.5
     metrics.samples = sorted(itertools.chain(*gather(metrics.samples)), key=lambda sample: sample["index"])
     return metrics
 
@@ -347,15 +338,15 @@ def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Im
 # The command
 
 
-def common_flags(parser: argparse.ArgumentParser, default: str) -> None:
-    """default: the dataset that is taken without --dataset, in words."""
+def common_flags(parser: argparse.ArgumentParser, dataset: str, data: str, precision: str) -> None:
+    """The others: what is taken without such a flag, in words."""
     flag = parser.add_argument_group("data and device").add_argument
     # fmt: off
-    flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder in REFER's format; default: {default}")
-    flag("--data", metavar="DIR", default="data", help="where the known datasets are (default: data)")
+    flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder in REFER's format; default: {dataset}")
+    flag("--data", metavar="DIR", help=f"where the known datasets are (default: {data})")
     flag("--images", metavar="DIR", help="where the dataset's images are, if not where the README says")
     flag("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    flag("--precision", choices=("fp32", "bf16"), help="default: bf16 on cards that have it, else fp32")
+    flag("--precision", choices=("fp32", "bf16"), help=f"default: {precision}")
     # fmt: on
 
 
@@ -383,16 +374,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--image", nargs="+", metavar="FILE", help="segment these photographs, or a folder's, instead of a dataset")
     flag("--expression", nargs="+", metavar="TEXT", help="what to segment in them, one or more")
     # fmt: on
-    common_flags(parser, "the one that the checkpoint was trained on")
+    common_flags(parser, "the one that the checkpoint was trained on", "the run's", "the run's; fp32 with --image")
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.expression):
         parser.error("--image and --expression go together")
     if args.expression and not all(expression.strip() for expression in args.expression):
         parser.error("an expression is empty: say what to segment, such as 'the man on the left'")
-    others = "split dataset images pictures json per_sample shuffle_expressions".split()
-    others = [name for name in others if args.image and getattr(args, name)]
-    if others:
-        parser.error(f"--{others[0].replace('_', '-')} does nothing with --image: leave one of them out")
+    for name in "split dataset images pictures json per_sample shuffle_expressions".split():
+        if args.image and getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} does nothing with --image: leave one of them out")
     check_numbers(parser, args, at_least_0=("pictures",))
     for file in filter(None, (args.json, args.per_sample)):  # before the work, not after it
         if not Path(file).parent.is_dir():
@@ -443,15 +433,15 @@ def main(argv: list[str] | None = None) -> dict | None:
     checkpoint = read_checkpoint(checkpoint_file)
     model, tokenizer = restore(checkpoint, device)
     config, settings = model.config, checkpoint["args"]
-    name = args.dataset or checkpoint["dataset"]
-    images = args.images or (None if args.dataset else settings.get("images"))
-    precision = resolve_precision(args.precision or checkpoint["precision"], device)
+    name, data = args.dataset or settings["dataset"], args.data or settings["data"]
+    images = args.images or (None if args.dataset else settings["images"])
+    precision = resolve_precision(args.precision or settings["precision"], device)
     scores, lines = {}, []
     for split in args.split or ["val"]:
-        dataset = RefDataset(name, split, args.data, images, tokenizer, config.max_tokens, config.image_size)
+        dataset = RefDataset(name, split, data, images, tokenizer, config.max_tokens, config.image_size)
         if args.shuffle_expressions:
             shuffle_expressions(dataset)
-        metrics = evaluate(model, dataset, device, precision, settings.get("workers", 0), args.resolution)
+        metrics = evaluate(model, dataset, device, precision, settings["workers"], args.resolution)
         scores[split] = metrics.compute()
         for sample in metrics.samples:
             counts = {name: sample[name] for name in ("iou", "intersection", "union")}
@@ -477,10 +467,10 @@ def main(argv: list[str] | None = None) -> dict | None:
             Path(args.json).write_text(json.dumps(scores, indent=2))
         if args.per_sample:
             Path(args.per_sample).write_text("\n".join(lines) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return scores
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -16,11 +16,11 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, checkpoint_filter_fn
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from data import InputError, make_tokenizer
+from data import InputError, input_errors, make_tokenizer
 from selection import INITIAL_LOG_TAU, VARIANTS, AttentionLayer, padding_bias, pixel_contrastive_loss
 
 
@@ -34,7 +34,7 @@ BERT_FIELDS = (  # of transformers' BertConfig, whose defaults are BERT-base
 class VEGAConfig:
     """Everything that decides the model's shape and its loss; a checkpoint carries it. Defaults: the paper's model.
 
-    Raises ValueError if the fields don't go together.
+    Raises InputError if the fields don't go together.
     """
 
     image_size: int = 480  # pixels a side; the photograph is squeezed to this square
@@ -72,17 +72,20 @@ class VEGAConfig:
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
-            raise ValueError(f"there is no variant {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
-        if set(self.bert) - set(BERT_FIELDS):
-            raise ValueError(f"BERT's config names {min(set(self.bert) - set(BERT_FIELDS))}, which is none of VEGA's")
+            raise InputError(f"there is no variant {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
+        if not set(self.bert) <= set(BERT_FIELDS):
+            raise InputError(f"BERT's config must name nothing but {', '.join(BERT_FIELDS)}")
+        if self.bert.get("hidden_size", 768) % self.attention_heads:
+            raise InputError(f"BERT's channels must be a multiple of the {self.attention_heads} attention heads")
         if not 0 < self.ratio <= 1:
-            raise ValueError(f"the ratio of selected pixels is {self.ratio}, but must lie in (0, 1]")
+            raise InputError(f"the ratio of selected pixels is {self.ratio}, but must lie in (0, 1]")
         if not (0 <= self.drop_path < 1 and 0 <= self.dropout < 1 and self.contrastive >= 0 and self.dice >= 0):
-            raise ValueError("dropout and drop_path must lie in [0, 1), contrastive and dice must be at least 0")
+            raise InputError("dropout and drop_path must lie in [0, 1), contrastive and dice must be at least 0")
         smallest = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
         if self.image_size % 4 or self.image_size < smallest:
-            told = f"it must be a multiple of 4 (one patch) and at least {smallest} (2 x 2 pixels at the last stage)"
-            raise ValueError(f"image size {self.image_size} does not fit a Swin of {len(self.depths)} stages: {told}")
+            raise InputError(
+                f"the image size is {self.image_size}, but must be a multiple of 4 and at least {smallest}"
+            )
 
 
 class EarlyFusion(nn.Module):
@@ -120,7 +123,7 @@ class PadThenShiftBlock(SwinTransformerBlock):
     """timm's Swin block on maps that its windows do not tile. Ours: pad to whole windows first, then shift, as LAVT.
 
     timm shifts first and pads after, so that opposite edges of the image share a window and no mask parts
-    them. A map that is padded before has whole windows, and timm adds nothing.
+    them. Once padded, the map has whole windows, and timm has nothing left to pad.
     """
 
     def _attn(self, x: Tensor) -> Tensor:
@@ -159,7 +162,7 @@ class VisionEncoder(nn.Module):
         self.swin.norm = nn.Identity()  # ours: each stage has its own below
         for stage in self.swin.layers:
             for block in stage.blocks:
-                block.__class__ = PadThenShiftBlock
+                block.__class__ = PadThenShiftBlock  # the same weights; only _attn differs
                 block.attn.fused_attn = True  # timm leaves it off; the same to 1e-5, and a GPU stores no attention maps
         start_from_scratch(self.swin)
         self.dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
@@ -218,7 +221,8 @@ class Decoder(nn.Module):
         for skip, project_x, project_skip, convolution, attention in zip(
             reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:]
         ):
-            # linear(concatenation of upsampled x and skip), as a sum of two; x's part commutes with the upsampling
+            # A linear layer on the concatenation of x and skip is one on x plus one on skip. That on x comes before the
+            # upsampling: the same result, on a quarter of the pixels.
             x = F.interpolate(project_x(x).permute(0, 3, 1, 2), skip.shape[1:3], mode="bilinear")
             x = convolution(x + project_skip(skip).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H_i, W_i, width]
             x = attention(x.flatten(1, 2), G, bias).unflatten(1, skip.shape[1:3])
@@ -226,7 +230,11 @@ class Decoder(nn.Module):
 
 
 class VEGA(nn.Module):
-    """Visual Expression Guidance for Referring Expression Segmentation. It starts at random; see `train.build`."""
+    """Visual Expression Guidance for Referring Expression Segmentation.
+
+    All weights start at random: Swin's by `start_from_scratch`, BERT's as transformers does, the others by torch's
+    defaults. `train.build` then loads pretrained Swin and BERT.
+    """
 
     def __init__(self, config: VEGAConfig):
         super().__init__()
@@ -237,7 +245,7 @@ class VEGA(nn.Module):
         self.vision = VisionEncoder(config)
         D = bert_config.hidden_size
         variant = VARIANTS[config.variant]
-        self.project_vision = nn.Linear(self.vision.dims[-1], D) if variant.enhanced else None
+        self.project_F_v = nn.Linear(self.vision.dims[-1], D) if variant.enhanced else None
         self.enhance = AttentionLayer(D, heads, dropout=dropout) if variant.enhanced else None
         self.vis = variant.block(D, heads, config.ratio, dropout)
         self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU)) if variant.contrastive else None
@@ -257,16 +265,18 @@ class VEGA(nn.Module):
             "tokens": [B, T, D] BERT's, which have not looked at the image.
             "F_v": [B, N, D] the vision features that the tokens select from; None in Table 2, row 1.
             "selection": Selection, see selection.py.
-            "similarity": [B, H_4, W_4] the similarities of [CLS] as a map, the s of Eq. 5; 0 or None if there are none.
+            "similarity": [B, H_4, W_4] the similarities of [CLS] as a map, the s of Eq. 5; zero in `local-only`, None in
+            variants without S. H_4: of the last stage, also where Swin has three.
         """
         tokens = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
         features = self.vision(image, tokens, attention_mask)  # [B, H_i, W_i, C_i] of each stage
         F_v, Q_l = None, tokens
         if self.enhance is not None:  # not in Table 2, row 1
-            F_v = self.project_vision(features[-1].flatten(1, 2))  # [B, N, D]; ours: the last stage, projected
+            F_v = self.project_F_v(features[-1].flatten(1, 2))  # [B, N, D]; ours: the last stage, projected
             Q_l = self.enhance(tokens, F_v)  # [B, T, D] each token looks at every pixel; ours: before selecting
         selection = self.vis(F_v, Q_l, attention_mask)
         logits = self.decoder(features, selection.G, selection.mask_G)  # [B, H / 4, W / 4]
+        # ours: enlarged to the input's size, where the loss is taken
         logits = F.interpolate(logits.float()[:, None], image.shape[-2:], mode="bilinear")[:, 0]  # [B, H, W]
         similarity = None if selection.S is None else selection.S[:, 0].unflatten(1, features[-1].shape[1:3])
         return {"logits": logits, "tokens": tokens, "F_v": F_v, "selection": selection, "similarity": similarity}
@@ -299,30 +309,20 @@ PRETRAINED_SWIN = "swin_base_patch4_window12_384.ms_in22k"  # the paper's, by ti
 PRETRAINED_BERT = "google-bert/bert-base-uncased"  # and by transformers'
 
 
-def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
+def load_swin(swin: SwinTransformer, source: str) -> str:
     """Start Swin from pretrained weights; returns a line on what was loaded.
 
-    Args:
-        source: a file, timm's own (.safetensors or .pth) or Microsoft's (.pth), or a model's name in timm.
-        window_size: of the model; where the map is smaller, timm's filter fits the position tables to it.
+    source: a file, timm's own (.safetensors or .pth) or Microsoft's (.pth), or a model's name in timm.
 
-    Raises InputError if the file can't be read or any tensor is missing or of another shape; nothing is loaded then.
+    Raises InputError if it can't be read or any tensor is missing or of another shape; nothing is loaded then.
     """
-    try:
-        if Path(source).exists() or Path(source).suffix in (".safetensors", ".pth"):
-            weights = timm.models.load_state_dict(source)
-        else:
-            weights = timm.create_model(source, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # of the hub, of safetensors, of pickle: many classes
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"no Swin weights from {source} ({reason}). Give --swin FILE, or --no-pretrained") from None
-    ours = swin.state_dict()
-    for name, table in weights.items():  # the filter would stretch another model's tables to fit
-        if name.endswith("relative_position_bias_table"):
-            if name not in ours or table.shape != ((2 * window_size - 1) ** 2, ours[name].shape[1]):
-                raise InputError(f"{source} is of another Swin: its {name} is {list(table.shape)}")
-    weights = checkpoint_filter_fn(weights, swin)  # Microsoft's names to timm's; stored masks and indices dropped
-    weights = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
+    file = {"file": source} if Path(source).exists() or Path(source).suffix in (".safetensors", ".pth") else None
+    with input_errors(f"no Swin weights from {source}; give --swin FILE, or --no-pretrained"):
+        pretrained = timm.create_model(
+            PRETRAINED_SWIN if file else source, pretrained=True, pretrained_cfg_overlay=file, num_classes=0,
+            img_size=swin.patch_embed.img_size, window_size=12,
+        )  # fmt: skip
+    weights = {name: value for name, value in pretrained.state_dict().items() if not name.startswith("norm.")}
     load_weights(swin, weights, source)
     return f"Swin: {len(weights)} tensors from {source}; left out, for VEGA has none: norm and head"
 
@@ -332,14 +332,11 @@ def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
 
     Raises InputError if it can't be read, or if any tensor is missing or of another shape.
     """
-    try:
+    with input_errors(f"no BERT from {source}; give --bert FOLDER, or --no-pretrained"):
         tokenizer = BertTokenizer.from_pretrained(source)
         bert, report = BertModel.from_pretrained(
             source, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"no BERT from {source} ({reason}). Give --bert FOLDER, or --no-pretrained") from None
     words, rows = len(tokenizer), bert.config.vocab_size
     if not 5 < words <= rows:
         raise InputError(f"{source} has a vocabulary of {words}, but BERT knows {rows} words")
@@ -365,7 +362,7 @@ def load_weights(module: nn.Module, weights: dict, source: str) -> None:
 
 # Checkpoints
 
-FORMAT = 1  # of the checkpoint; raise it when an older reader would misread a newer file
+FORMAT = 2  # of the checkpoint; raise it when an older reader would misread a newer file
 
 
 def newest_run(file: str) -> Path:
@@ -405,7 +402,7 @@ def read_checkpoint(path: str | Path) -> dict:
             raise  # nothing is wrong with the file
         reason = "it is another kind of file, was cut short, or holds more than plain data"
         raise InputError(f"{path} can't be read as a checkpoint: {reason}") from None
-    parts = set("config model tokenizer step best precision dataset args optimizer sums logged_step".split())
+    parts = set("config model tokenizer step best args optimizer sums logged_step".split())
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or parts - checkpoint.keys():
         raise InputError(f"{path} is not a whole checkpoint of this program, or of another version of it")
     return checkpoint
@@ -413,12 +410,10 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def restore(checkpoint: dict, device: torch.device, **overrides) -> tuple[VEGA, BertTokenizer]:
     """The model, ready to evaluate, and its tokenizer. overrides: fields of VEGAConfig, such as image_size."""
-    try:
+    with input_errors("the checkpoint does not fit this program"):
         model = VEGA(VEGAConfig(**{**checkpoint["config"], **overrides}))
         load_weights(model, checkpoint["model"], "the checkpoint")
         return model.to(device).eval(), BertTokenizer(**checkpoint["tokenizer"])
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(str(error).splitlines()[0]) from None
 
 
 def add_words(checkpoint: dict, expressions: list[str]) -> int:

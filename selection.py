@@ -1,10 +1,10 @@
 """Visual information selection (VIS): Algorithm 1 of the paper in its own symbols, and Eq. 1-5.
 
     B  samples of a batch
-    T  tokens of an expression: [CLS], its words, [SEP], padding
-    N  pixels of the last vision stage
-    D  channels
-    K  pixels that each token selects, int(N * ratio), at least one
+    T  tokens of an expression: [CLS], its words (BERT may cut one into pieces), [SEP], padding; at most 21
+    N  pixels of the last vision stage, 225 in the paper's model
+    D  channels, 768
+    K  pixels that each token selects, int(N * ratio) = 67
 
 Each token selects the K pixels that are most similar to it and gathers them into one token of the *visual expression*.
 A comment or docstring with "ours:" marks what the paper does not give.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class Selection(NamedTuple):
-    """What a VIS block returns. The shapes are VEGA's; some ablations have others beside their lines."""
+    """What a VIS block returns. The shapes are VEGA's; an ablation says where its own differ."""
 
     G: Tensor  # [B, 2T, D] the guidance set: linguistic tokens, then the visual expression
     mask_G: Tensor  # [B, 2T] 0 for tokens of padding
@@ -33,12 +33,13 @@ def padding_bias(mask_l: Tensor) -> Tensor:
 
 
 class AttentionLayer(nn.Module):
-    """The paper's attention layer. Ours: multi-head attention, a residual, LayerNorm; no feed-forward, no positions."""
+    """Cross- or self-attention, of which the paper gives only query, key-value and mask.
+
+    Ours: several heads, a residual, then LayerNorm; no feed-forward layer and no positional encoding.
+    """
 
     def __init__(self, dim: int, num_heads: int = 8, kv_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"{dim} channels do not divide into {num_heads} heads")
         self.num_heads, self.dropout = num_heads, dropout
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(kv_dim or dim, dim)
@@ -61,12 +62,13 @@ class AttentionLayer(nn.Module):
 
 
 class VISBlock(nn.Module):
-    """Algorithm 1 in its order, with its comments; only "expand dimension" is left out.
+    """Algorithm 1 in its order, with its comments. Only "expand dimension" is left out, and K is computed first.
 
     Two things look like mistakes, are the paper's, and are kept:
 
     * S_norm sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4). So E, which is query
-      and residual of the cross-attention, is nearly zero: tokens differ almost only by the pixels that M_hat leaves.
+      and residual of the cross-attention, is nearly zero. The visual tokens differ from each other almost only because
+      M_hat leaves each of them other pixels.
     * The cosine similarities in S lie in [-1, 1], and the softmax has no temperature. No selected pixel can weigh more
       than e^2 = 7.4 times another.
     """
@@ -74,7 +76,7 @@ class VISBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
         self.ratio = ratio  # the share of the pixels that each token selects, in (0, 1]; 0.3 in the paper (Table 6)
-        self.proj_v = nn.Linear(dim, dim)  # phi_v of Eq. 1; the pseudocode has one proj for both
+        self.proj_v = nn.Linear(dim, dim)  # phi_v; ours: two layers, as in Eq. 1; the pseudocode writes proj for both
         self.proj_l = nn.Linear(dim, dim)  # phi_l
         self.cross_attention = AttentionLayer(dim, num_heads, dropout=dropout)  # ours: the heads and the dropout
         self.self_attention = AttentionLayer(dim, num_heads, dropout=dropout)
@@ -82,8 +84,8 @@ class VISBlock(nn.Module):
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         """Select pixels for each token, and make the guidance set of them.
 
-        The choice of the pixels has no gradient. S has one: from Eq. 5 in the row of [CLS], and weakly from S_norm in
-        every row. The projections learn through S alone.
+        The choice of the pixels gives S no gradient. S gets one from Eq. 5, in the row of [CLS], and a weak one through
+        S_norm, in the rows of real tokens. proj_v and proj_l learn through S alone.
 
         Args:
             F_v: [B, N, D] vision features.
@@ -111,19 +113,20 @@ class VISBlock(nn.Module):
 
             # non top-k similarity scores masking
             # & top-k ranked similarities normalization
-            M_hat = M * 1e4 - 1e4  # [B, T, N]; as the pseudocode, where Eq. 2 has minus infinity
+            M_hat = M * 1e4 - 1e4  # [B, T, N]; -1e4 as in the pseudocode; Eq. 2 has minus infinity
             S_norm = torch.softmax(S + M_hat, dim=-1)  # [B, T, N], Eq. 4
 
             # weighted average summation
-            # ours: a product of matrices sums over N; the pseudocode expands to [B, T, N, D] first. This is the same
+            # one matrix product instead of expanding to [B, T, N, D], multiplying and summing over N: the same E.
+            # M changes nothing here, for S_norm is zero outside it; it stays as printed
             E = (M * S_norm) @ F_v / K  # [B, T, D]
 
         # the visual expression extracted by the cross-attention with
         # top-k pixels
-        Q_v = self.cross_attention(E, F_v, M_hat)  # [B, T, D]; F_v under M_hat is F_topk of Eq. 4
+        Q_v = self.cross_attention(E, F_v, M_hat)  # [B, T, D]; M_hat leaves a token its own K pixels, F_topk of Eq. 4
 
         # considering the visual contexts via the self-attention
-        Q_v = self.self_attention(Q_v, Q_v, padding_bias(mask_l))  # [B, T, D]; 0 or -1e4, as in M_hat
+        Q_v = self.self_attention(Q_v, Q_v, padding_bias(mask_l))  # [B, T, D]
 
         # new guidance set
         G = torch.cat([Q_l, Q_v], dim=1)  # [B, 2T, D]
@@ -131,29 +134,30 @@ class VISBlock(nn.Module):
         return Selection(G, mask_G, S, M)  # ours: S for Eq. 5, M for pictures
 
 
-INITIAL_LOG_TAU = math.log(0.07)  # ours: the model learns log tau, from here, so that tau stays positive
+INITIAL_LOG_TAU = math.log(0.07)  # ours: tau starts at CLIP's 0.07; the model learns its logarithm: it stays positive
 
 
-def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Tensor:
-    """Eq. 5, in fp32. Ours: s is resized to the target, and the mean is taken over the target's pixels.
+def pixel_contrastive_loss(s: Tensor, mask: Tensor, tau: Tensor | float) -> Tensor:
+    """Eq. 5, in fp32. Ours: s is enlarged to the mask's size, and the mean is taken over all pixels, of Z+ and of Z-.
 
     Args:
-        s: [B, h, w] the similarities of [CLS], its row of S, as a map.
-        target: [B, H, W] 1 (or True) in Z+, the pixels of the target, 0 in Z-.
+        s: [B, h, w] the row of [CLS] in S, as a map; the paper: "for the global visual token v_1".
+        mask: [B, H, W] 1 (or True) on the target, Z+, and 0 elsewhere, Z-.
         tau: temperature, positive.
     """
-    logits = F.interpolate((s.float() / tau)[:, None], target.shape[-2:], mode="bilinear")[:, 0]  # [B, H, W]
+    logits = F.interpolate((s.float() / tau)[:, None], mask.shape[-2:], mode="bilinear")[:, 0]  # [B, H, W]
     # -log(sigmoid(x)) on Z+, -log(1 - sigmoid(x)) on Z-
-    return F.binary_cross_entropy_with_logits(logits, target.float())
+    return F.binary_cross_entropy_with_logits(logits, mask.float())
 
 
 class Stepwise(nn.Module):
-    """Algorithm 1 once more, a method a step. An ablation overrides a step, or a layer by a method of the layer's name.
+    """Algorithm 1 once more, a method a step, for the ablations. Unchanged, it returns what VISBlock returns,
+    on a CPU bit for bit.
 
-    Unchanged, it returns what VISBlock returns, on a CPU bit for bit.
+    An ablation overrides a step. To replace a layer, it leaves it out of `layers` and defines a method of its name.
     """
 
-    layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # to be made: those that no method overrides
+    layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # that __init__ makes
     selecting = slice(None)  # the tokens that select: all
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
@@ -232,8 +236,8 @@ class TopKPixels(Stepwise):
 class NoCues(Stepwise):
     """Table 3b, row 1: neither [CLS] nor the words select; learned queries gather from all pixels.
 
-    Ours: the learned queries, as many as the longest expression has tokens, 21. The paper says only that both cues are
-    gone. Visual tokens must be left: without any it would be Table 2, row 2, whose figures differ.
+    Ours: 21 learned queries, as many as the longest expression has tokens. The paper says only that both cues are gone.
+    Some visual tokens must remain: without any it would be Table 2, row 2, whose figures differ.
     """
 
     layers = ("cross_attention", "self_attention")
@@ -278,7 +282,7 @@ class GlobalOnly(Stepwise):
 
 
 class SigmoidThreshold(Stepwise):
-    """Table 4a, row 1: a pixel is selected where the sigmoid of its similarity exceeds 0.5. There is no ratio.
+    """Table 4a, row 1: a pixel is selected where the sigmoid of its similarity exceeds 0.5, so the cosine 0. No ratio.
 
     Ours: of S itself, not of S / tau; the mean divides by the number of pixels selected. If a token selects none, its E
     is zero and it attends to all pixels.

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import signal
 import sys
 import time
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import BertTokenizer
 
-from data import InputError, RefDataset, command_line, load_batches, make_tokenizer, read_dataset
+from data import InputError, RefDataset, command_line, input_errors, load_batches, make_tokenizer, read_dataset
 from evaluate import (
     autocast, check_numbers, common_flags, evaluate, gather, model_inputs, rank, resolve_precision,
     start_processes, world,
@@ -34,11 +33,11 @@ from model import (
     BERT_FIELDS, FORMAT, PRETRAINED_BERT, PRETRAINED_SWIN, VEGA, VEGAConfig, add_words, load_bert, load_swin,
     newest_run, read_checkpoint, restore, save_checkpoint,
 )  # fmt: skip
-from selection import VARIANTS
+from selection import RATIOS, VARIANTS
 
 # How a model is trained unless a flag says otherwise. BERT learns at bert_factor * lr, and the learning rate
 # rises over the first `warmup` of the steps.
-RECIPES = {  # base's epochs, batch_size and lr are of Sec. 4.1, all else is ours
+RECIPES = {  # base's epochs, batch_size (ours: 16 on all GPUs together) and lr are of Sec. 4.1, all else is ours
     "tiny": dict(epochs=4, batch_size=8, lr=1e-3, bert_factor=0.05, warmup=0.05, beta2=0.98, log_every=10, workers=0),
     "base": dict(epochs=40, batch_size=16, lr=3e-5, bert_factor=1.0, warmup=0.0, beta2=0.999, log_every=50, workers=4),
 }
@@ -48,21 +47,22 @@ SETTABLE = {
 }  # fmt: skip
 STOPPED = 75  # exit status after a signal, EX_TEMPFAIL of sysexits.h; --resume goes on
 START_FLAGS = "dataset model init swin bert no_pretrained".split()  # fixed when a run starts
-FREE_FLAGS = "device data images workers out resume resume_anyway config".split()  # may change on --resume
+FREE_FLAGS = "device data images workers out resume resume_anyway overrides".split()  # may change on --resume
 
 
 @command_line
 def main(argv: list[str] | None = None) -> dict:
-    """Train, validate and save; returns the best checkpoint's scores, split -> scores in per cent."""
-    device = start_processes(parse(argv).device)
+    """Train, validate and save; returns the best checkpoint's scores of each split but train."""
     args, out, resumed = open_run(argv)
+    device = start_processes(args.device)
+    out = gather(out)[0]  # the clock of rank 0 names the run
     args.precision = resolve_precision(args.precision, device)
-    per_process = math.ceil(args.batch_size / world())  # images of a step
+    per_process = args.batch_size // world()  # images of a step
     micro_batch = min(args.micro_batch or per_process, per_process)
-    parts = per_process // micro_batch  # micro-batches of a step
-    if args.batch_size % (world() * micro_batch):
-        whole = f"{world()} process(es) x {micro_batch} images"
-        raise InputError(f"--batch-size {args.batch_size} is no multiple of {whole}")
+    if args.batch_size % world() or per_process % micro_batch:
+        shares = f"{world()} process(es) with {args.micro_batch or 'all'} images at a time"
+        raise InputError(f"--batch-size {args.batch_size} does not divide among {shares}")
+    micro_batches = per_process // micro_batch  # of a step
 
     # data and model
     if rank():
@@ -73,9 +73,9 @@ def main(argv: list[str] | None = None) -> dict:
     model.to(device)
     model.vision.swin.set_grad_checkpointing(args.gradient_checkpointing)
     config = model.config
-    inputs = (args.data, args.images, tokenizer, config.max_tokens, config.image_size)
-    train = RefDataset(args.dataset, "train", *inputs, training=True, seed=args.seed)
-    val = RefDataset(args.dataset, "val", *inputs)
+    settings = (args.data, args.images, tokenizer, config.max_tokens, config.image_size)
+    train = RefDataset(args.dataset, "train", *settings, training=True, seed=args.seed)
+    val = RefDataset(args.dataset, "val", *settings)
     steps_per_epoch = len(train) // args.batch_size
     if steps_per_epoch == 0:
         raise InputError(f"{len(train)} objects to train on are fewer than a batch of {args.batch_size}: lower it")
@@ -89,8 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
     done, best = state["step"], state["best"]
     if done > total:
         raise InputError(f"{out} has done {done} steps already, more than the {total} that it would end with")
-    sums = {name: value.to(device) for name, value in state["sums"].items()}
-    progress = Progress(total, done, sums, state["logged_step"])
+    progress = Progress(total, done, state["sums"], state["logged_step"])
     if resumed:  # the moments as they were, the groups' settings as the flags say now
         optimizer.load_state_dict({**optimizer.state_dict(), "state": resumed["optimizer"]["state"]})
     del resumed, state  # as large as model and optimiser
@@ -105,10 +104,9 @@ def main(argv: list[str] | None = None) -> dict:
         text_rules = {name: getattr(tokenizer, name) for name in names}  # how it cuts a text
         if rank() == 0:
             save_checkpoint(out / file, {
-                "format": FORMAT, "step": step, "best": best, "dataset": args.dataset, "precision": args.precision,
-                "config": dataclasses.asdict(config), "args": vars(args), "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "sums": progress.sums, "logged_step": progress.logged_step,
-                "tokenizer": {"vocab": tokenizer.get_vocab(), **text_rules},
+                "format": FORMAT, "step": step, "best": best, "config": dataclasses.asdict(config), "args": vars(args),
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "sums": progress.sums,
+                "logged_step": progress.logged_step, "tokenizer": {"vocab": tokenizer.get_vocab(), **text_rules},
             })  # fmt: skip
         gather(None)  # the others wait
 
@@ -122,18 +120,19 @@ def main(argv: list[str] | None = None) -> dict:
             lr = learning_rate(step, total, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
-            torch.manual_seed(((args.seed << 40) + (step << 12) + rank()) % 2**64)  # dropout: the same after --resume
+            dropout_seed = np.random.default_rng((args.seed, step, rank())).integers(2**63)  # the same after --resume
+            torch.manual_seed(int(dropout_seed))
             model.train()
             optimizer.zero_grad()
-            for first in range(0, per_process, micro_batch):
-                part = {name: values[first : first + micro_batch] for name, values in batch.items()}
-                # DDP averages the processes' gradients in the last part alone
-                parallel.require_backward_grad_sync = first + micro_batch == per_process
+            for start in range(0, per_process, micro_batch):
+                part = {name: values[start : start + micro_batch] for name, values in batch.items()}
+                # DDP averages the processes' gradients in the last micro-batch alone
+                parallel.require_backward_grad_sync = start + micro_batch == per_process
                 with autocast(device, args.precision):
                     output = parallel(*model_inputs(part, device))
                 losses = model.loss(output, part["mask"].to(device, non_blocking=True))
-                (losses["loss"] / parts).backward()
-                progress.add(step, part["index"], losses, parts)
+                (losses["loss"] / micro_batches).backward()
+                progress.add(step, part["index"], losses, micro_batches)
             optimizer.step()
             progress.update(step)
 
@@ -143,6 +142,7 @@ def main(argv: list[str] | None = None) -> dict:
             stopping = any(gather(bool(received)))
             saving = validating or stopping or step % checkpoint_every == 0
             if logging or saving:
+                progress.average()
                 progress.check(model, train, out / "last.pt")
             if logging:
                 line = {"step": step, "epoch": step / steps_per_epoch, **progress.line(step), "lr": lr}
@@ -168,33 +168,32 @@ def main(argv: list[str] | None = None) -> dict:
     # the best checkpoint's scores on every split but the training one, and pictures of them
     splits, _ = read_dataset(args.dataset, args.data, args.images)
     tests = [split for split in splits if split not in ("train", "val")]
-    images = [f"--images={args.images}"] if args.images else []
-    scores = evaluate_main([
+    return evaluate_main([
         f"--checkpoint={out / 'best.pt'}", "--split", "val", *tests, f"--json={out / 'metrics.json'}", "--pictures=8",
-        f"--data={args.data}", f"--device={device}", f"--precision={args.precision}", *images,
+        f"--data={args.data}", f"--images={args.images or ''}", f"--device={device}", f"--precision={args.precision}",
     ])  # fmt: skip
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return scores
 
 
 # What main calls, in its order: the settings
 
 
 def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
-    """The flags. args.config: the fields of VEGAConfig that were given, as a dict."""
+    """The flags. args.overrides: the fields of VEGAConfig that were given, as a dict.
+
+    defaults: of flags, and settings that have no flag, such as warmup.
+    """
     rows = [f"  {name:<22}{v.table:<5}{v.oIoU or '-':>5}  {v.row}" for name, v in VARIANTS.items()]
-    variants = "\n".join(["variants, by the paper's table, with its oIoU on RefCOCO val:", *rows,
-                          "  --ratio 0.1, 0.3, 0.8 6    74.82, 75.35, 74.80  number of k"])  # fmt: skip
+    rows += [f"  --ratio {ratio:<14}6    {oIoU:>5.2f}  number of k" for ratio, (_, oIoU) in RATIOS.items()]
+    variants = "\n".join(["variants and ratios, by the paper's table, with its oIoU on RefCOCO val:", *rows])
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=variants, formatter_class=as_written)
-    common_flags(parser, "shapes, generated here")
+    common_flags(parser, "shapes, generated here", "data", "bf16 on cards that have it, else fp32")
     # fmt: off
     flag = parser.add_argument_group("training").add_argument
-    flag("--variant", type=lambda name: config_field(f"variant={name}"), dest="config", action="append",
+    flag("--variant", type=lambda name: config_field(f"variant={name}"), dest="overrides", action="append",
          metavar="NAME", help="an ablation, listed below (default: vega)")
     flag("--epochs", type=float, help="default: 40 for base, 4 for tiny")
-    flag("--max-steps", type=int, metavar="STEPS", help="stop there; the learning rate decays over them")
+    flag("--max-steps", type=int, metavar="STEPS", help="train for so many steps, not for --epochs")
     flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1e-3 for tiny)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16 for base, 8 for tiny)")
     flag("--micro-batch", type=int, metavar="N", help="each process takes its share of the batch N images at a time")
@@ -210,25 +209,21 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     flag("--log-every", type=int, metavar="STEPS", help="default: 50; 10 for tiny")
     flag = parser.add_argument_group("the model").add_argument
     flag("--model", choices=RECIPES, help="preset of sizes and recipe (default: tiny for shapes, else base)")
-    flag("--ratio", type=lambda ratio: config_field(f"ratio={ratio}"), dest="config", action="append",
+    flag("--ratio", type=lambda ratio: config_field(f"ratio={ratio}"), dest="overrides", action="append",
          help="share of the pixels that each token selects (default: 0.3; Table 6)")
-    flag("--set", type=config_field, dest="config", action="extend", nargs="+", metavar="NAME=VALUE",
+    flag("--set", type=config_field, dest="overrides", action="extend", nargs="+", metavar="NAME=VALUE",
          help=f"any of VEGAConfig's fields {', '.join(SETTABLE)} (see model.py)")
     flag("--init", metavar="CHECKPOINT", help="start from a trained model's weights, words and sizes")
     flag("--swin", metavar="SOURCE", help="weights: a file, or a model's name in timm (base: ImageNet-22K's)")
     flag("--bert", metavar="SOURCE", help="a folder, or a model's name in transformers (base: BERT-base uncased)")
     flag("--no-pretrained", action="store_true", help="start base at random, not from pretrained weights")
     # fmt: on
-    parser.set_defaults(**{**defaults, "config": []})  # defaults: also what has no flag
+    parser.set_defaults(**{"data": "data", **defaults, "overrides": []})
     args = parser.parse_args(argv)
-    args.config = dict(args.config)
+    args.overrides = dict(args.overrides)
     args.resume = args.resume or args.resume_anyway
     counts = ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every")
     check_numbers(parser, args, at_least_1=counts, at_least_0=("lr", "seed", "workers"))
-    if args.seed >= 2**63:
-        parser.error("--seed must be below 2 ** 63")
-    if args.init and (args.swin or args.bert):
-        parser.error("--init brings all weights along: leave --swin and --bert out")
     return args
 
 
@@ -256,7 +251,7 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, Path, dict | N
         before = {**resumed["config"], **resumed["args"]}
         steps = None if args.epochs else before["max_steps"]  # --epochs takes the place of an earlier --max-steps
         args = parse(argv, **{**resumed["args"], "max_steps": steps})
-        now = {**vars(args), **args.config}
+        now = {**vars(args), **args.overrides}
         others = [name for name in now if now[name] != before.get(name) and name not in FREE_FLAGS]
         fixed = set(others) & set(START_FLAGS)
         if fixed or others and not args.resume_anyway:
@@ -266,16 +261,17 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, Path, dict | N
         return args, out, resumed
 
     dataset = args.dataset or "shapes"
-    preset = "tiny" if dataset == "shapes" else "base"
+    preset = args.model or ("tiny" if dataset == "shapes" else "base")
     if args.init:
+        if args.model or args.swin or args.bert:
+            raise InputError("--init brings sizes and weights along: leave --model, --swin and --bert out")
         preset = read_checkpoint(args.init)["args"]["model"]
-    preset = args.model or preset
     weights = {}
     if preset == "base" and not args.init and not args.no_pretrained:
         weights = {"swin": PRETRAINED_SWIN, "bert": PRETRAINED_BERT}
     args = parse(argv, dataset=dataset, model=preset, **RECIPES[preset], **weights)
     name = f"{Path(dataset).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = gather(Path(args.out or f"runs/{name}"))[0]  # the clock of rank 0 names the run
+    out = Path(args.out or f"runs/{name}")
     if any((out / file).exists() for file in ("last.pt", "best.pt", "metrics.json")):
         raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or delete it")
     return args, out, None
@@ -284,15 +280,15 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, Path, dict | N
 # The batches, the model and its optimiser
 
 
-def training_batches(objects: int, batch_size: int, start: int, stop: int, seed: int, rank: int = 0, world: int = 1):
-    """For every step from `start` to `stop` a process's share of the global batch, a list of (epoch, object).
+def training_batches(objects: int, batch_size: int, done: int, total: int, seed: int, rank: int = 0, world: int = 1):
+    """For every step after `done` a process's share of the global batch, a list of (epoch, object).
 
-    The order of each epoch is drawn from (seed, epoch); what does not fill a last batch is left out.
+    The order of each epoch is drawn from (seed, epoch). Ours: what does not fill a last batch is left out.
     """
     size = batch_size // world
-    for step in range(start, stop):
+    for step in range(done, total):
         epoch, batch = divmod(step, objects // batch_size)
-        if batch == 0 or step == start:
+        if batch == 0 or step == done:
             order = np.random.default_rng((seed, epoch)).permutation(objects)
         first = batch * batch_size + rank * size
         yield [(epoch, int(number)) for number in order[first : first + size]]
@@ -303,40 +299,38 @@ def build(args: argparse.Namespace, resumed: dict | None) -> tuple[VEGA, BertTok
 
     A new model has pretrained BERT's tokenizer, or one made of the training words.
     """
-    expressions = RefDataset(args.dataset, "train", args.data, args.images).expressions  # the first draws the shapes
+    expressions = RefDataset(args.dataset, "train", args.data, args.images).expressions  # draws missing shapes first
     if resumed is not None:
-        return restore(resumed, torch.device("cpu"), **args.config)
+        return restore(resumed, torch.device("cpu"), **args.overrides)
     if args.init:
         checkpoint = read_checkpoint(args.init)
         torch.manual_seed(args.seed)
         added = add_words(checkpoint, expressions)
         if added:
             say(f"{added} words of the training expressions are new to {args.init}: they start at random")
-        return restore(checkpoint, torch.device("cpu"), **args.config)
-    try:
-        config = getattr(VEGAConfig, args.model)(**args.config)
-        if args.bert:
-            bert, tokenizer = load_bert(args.bert)
-            config.bert = {name: getattr(bert.config, name) for name in BERT_FIELDS}
-        else:
-            tokenizer = make_tokenizer(expressions)
-            config.bert["vocab_size"] = len(tokenizer)
-        torch.manual_seed(args.seed)
-        model = VEGA(config)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+        return restore(checkpoint, torch.device("cpu"), **args.overrides)
+    preset = getattr(VEGAConfig, args.model)
+    if args.bert:
+        bert, tokenizer = load_bert(args.bert)
+        config = preset(**args.overrides, bert={name: getattr(bert.config, name) for name in BERT_FIELDS})
+    else:
+        tokenizer = make_tokenizer(expressions)
+        config = preset(**args.overrides)
+        config.bert["vocab_size"] = len(tokenizer)
+    torch.manual_seed(args.seed)
+    model = VEGA(config)
     if args.bert:
         weights = bert.state_dict()
         model.bert.load_state_dict(weights)
         say(f"BERT: {len(weights)} tensors from {args.bert}; left out, for VEGA has none: pooler")
     if args.swin:
-        say(load_swin(model.vision.swin, args.swin, config.window_size))
+        say(load_swin(model.vision.swin, args.swin))
     return model, tokenizer
 
 
 def make_optimizer(model: VEGA, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW, with a "factor" of the learning rate in each group. Ours: no decay for what has fewer than two dimensions
-    (log_tau too) and for Swin's relative position tables.
+    """AdamW, with a "factor" of the learning rate in each group. Ours: betas, and a weight decay of 0.01, but none for
+    what has fewer than two dimensions (log_tau too) and for Swin's relative position tables.
     """
     groups = {(factor, no_decay): [] for factor in (args.bert_factor, 1.0) for no_decay in (False, True)}
     for name, parameter in model.named_parameters():
@@ -363,15 +357,15 @@ def write_log(out: Path, line: dict) -> None:
     if rank():
         return
     out.mkdir(parents=True, exist_ok=True)  # not before: a run that never began leaves nothing
-    try:
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise InputError(f"can't write {out / 'log.jsonl'} ({error.strerror}). Make room, then --resume") from None
+    with (
+        input_errors(f"can't write {out / 'log.jsonl'}; make room, then --resume"),
+        open(out / "log.jsonl", "a") as log,
+    ):
+        log.write(json.dumps(line) + "\n")
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines after a step, which will be written again, and what a kill or a power cut left of one."""
+    """Drop the lines after a step, which will be written again, and a line that a kill cut short."""
     if rank() or not path.exists():
         return
     lines = path.read_text(errors="replace").splitlines(keepends=True)
@@ -398,18 +392,19 @@ class Progress:
         self.bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
         self.began, self.said_at = time.perf_counter(), 0.0
 
-    def add(self, step: int, index: torch.Tensor, losses: dict[str, torch.Tensor], parts: int) -> None:
-        """Count the samples and losses of one of a step's `parts` micro-batches."""
+    def add(self, step: int, index: torch.Tensor, losses: dict[str, torch.Tensor], micro_batches: int) -> None:
+        """Count the samples and losses of one of a step's micro-batches."""
         self.recent.append((step, index, losses["loss"].detach()))
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach() / parts
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach() / micro_batches
 
     def update(self, step: int) -> None:
         """A step is done. Where there is no bar, say now and then how long the others will take."""
         self.bar.update()
         seconds = time.perf_counter() - self.began
         if self.bar.disable and seconds - self.said_at >= min(600, max(20, seconds / 10)):
-            self.said_at, left = seconds, (self.total - step) * seconds / (step - self.done) / 60
+            self.said_at = seconds
+            left = (self.total - step) * seconds / (step - self.done) / 60
             say(f"step {step} of {self.total}: loss {self.recent[-1][2]:.3f}, {left:.0f} minutes left")
 
     def line(self, step: int) -> dict:
@@ -419,15 +414,18 @@ class Progress:
         self.sums, self.logged_step = {}, step
         return {**line, "seconds": time.perf_counter() - self.began}
 
-    def check(self, model: VEGA, train: RefDataset, last: Path) -> None:
-        """Average the losses over the processes. All stop if a loss or a weight is not finite, and name the samples.
-
-        `last` is the checkpoint of an earlier, finite state.
-        """
+    def average(self) -> None:
+        """Average the losses over the processes."""
         if world() > 1:
             values = torch.stack(list(self.sums.values()))
             dist.all_reduce(values)
             self.sums = dict(zip(self.sums, values / world()))
+
+    def check(self, model: VEGA, train: RefDataset, last: Path) -> None:
+        """All processes stop if a loss or a weight is not finite, and rank 0 names the samples.
+
+        `last` is the checkpoint of an earlier, finite state.
+        """
         recent, self.recent = self.recent, []
         finite = [value.detach().isfinite().all() for value in (self.sums["loss"], *model.parameters())]
         if torch.stack(finite).all():
@@ -440,7 +438,9 @@ class Progress:
             named = ", ".join("{ref_id}/{sent_id}".format(**ids) for ids in first)
             told = f"the loss is not finite at step {wrong[0][0]}; its ref_id/sent_id are {named}"
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-        raise SystemExit(1) if rank() else InputError(f"{told}; {kept}")
+        if rank():
+            raise SystemExit(1)
+        raise InputError(f"{told}; {kept}")
 
 
 @contextlib.contextmanager
@@ -449,7 +449,7 @@ def noted_signals():
     received = []
 
     def note(number, frame):
-        received.append(signal.Signals(number).name)
+        received.append(number)
         if number == signal.SIGINT:  # not so SIGTERM: schedulers and torchrun may both send it
             signal.signal(number, before[number])
 
