@@ -320,18 +320,18 @@ def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Im
     masks = torch.stack([target.to(F_v.device), output["logits"][0] > 0]).float()
     truth, prediction = F.interpolate(masks[None], (width, width), mode="area")[0].flatten(1) > 0.5
     T = output["tokens"].shape[1]
-    kinds = torch.cat([torch.where(truth != prediction, 2, 1 - truth.int()), torch.full_like(mask_G[0], 4)])
-    kinds[len(F_v) : len(F_v) + T] = 3
-    real = F.pad(mask_G[0], (len(F_v), 0), value=1) > 0
+    colors = ["limegreen" if t != p else "orange" if t else "lightskyblue" for t, p in zip(truth, prediction)]
+    colors += ["purple"] * T + ["red"] * (len(G[0]) - T)
+    real = F.pad(mask_G[0], (len(F_v), 0), value=1) > 0  # all but padding
     features = torch.cat([F_v, G[0]])[real]
     _, _, axes = torch.pca_lowrank(features, q=2, niter=10)
     points = (features - features.mean(0)) @ axes  # [N + tokens, 2]
     points = (points - points.amin(0)) / (points.amax(0) - points.amin(0)).clamp(min=1e-6) * (side - 20) + 10
     shown = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(shown)
-    for (x, y), kind in zip(points.tolist(), kinds[real].tolist()):
-        r = 5 if kind < 3 else 8
-        draw.ellipse((x - r, y - r, x + r, y + r), ("orange", "lightskyblue", "limegreen", "purple", "red")[kind])
+    for (x, y), color in zip(points.tolist(), itertools.compress(colors, real.tolist())):
+        r = 8 if color in ("purple", "red") else 5
+        draw.ellipse((x - r, y - r, x + r, y + r), color)
     return shown
 
 

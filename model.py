@@ -16,7 +16,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, checkpoint_filter_fn
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -309,20 +309,27 @@ PRETRAINED_SWIN = "swin_base_patch4_window12_384.ms_in22k"  # the paper's, by ti
 PRETRAINED_BERT = "google-bert/bert-base-uncased"  # and by transformers'
 
 
-def load_swin(swin: SwinTransformer, source: str) -> str:
+def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
     """Start Swin from pretrained weights; returns a line on what was loaded.
 
-    source: a file, timm's own (.safetensors or .pth) or Microsoft's (.pth), or a model's name in timm.
+    Args:
+        source: a file, timm's own (.safetensors or .pth) or Microsoft's (.pth), or a model's name in timm.
+        window_size: of the model; where the map is smaller, timm's filter fits the position tables to it.
 
     Raises InputError if it can't be read or any tensor is missing or of another shape; nothing is loaded then.
     """
-    file = {"file": source} if Path(source).exists() or Path(source).suffix in (".safetensors", ".pth") else None
     with input_errors(f"no Swin weights from {source}; give --swin FILE, or --no-pretrained"):
-        pretrained = timm.create_model(
-            PRETRAINED_SWIN if file else source, pretrained=True, pretrained_cfg_overlay=file, num_classes=0,
-            img_size=swin.patch_embed.img_size, window_size=12,
-        )  # fmt: skip
-    weights = {name: value for name, value in pretrained.state_dict().items() if not name.startswith("norm.")}
+        if Path(source).exists() or Path(source).suffix in (".safetensors", ".pth"):
+            weights = timm.models.load_state_dict(source)  # timm's own loading of a file lets tensors be missing
+        else:
+            weights = timm.create_model(source, pretrained=True, num_classes=0).state_dict()
+    ours = swin.state_dict()
+    for name, table in weights.items():  # the filter would stretch another model's tables to fit
+        if name.endswith("relative_position_bias_table"):
+            if name not in ours or table.shape != ((2 * window_size - 1) ** 2, ours[name].shape[1]):
+                raise InputError(f"{source} is of another Swin: its {name} is {list(table.shape)}")
+    weights = checkpoint_filter_fn(weights, swin)  # Microsoft's names to timm's; stored masks and indices dropped
+    weights = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
     load_weights(swin, weights, source)
     return f"Swin: {len(weights)} tensors from {source}; left out, for VEGA has none: norm and head"
 

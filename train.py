@@ -324,7 +324,7 @@ def build(args: argparse.Namespace, resumed: dict | None) -> tuple[VEGA, BertTok
         model.bert.load_state_dict(weights)
         say(f"BERT: {len(weights)} tensors from {args.bert}; left out, for VEGA has none: pooler")
     if args.swin:
-        say(load_swin(model.vision.swin, args.swin))
+        say(load_swin(model.vision.swin, args.swin, config.window_size))
     return model, tokenizer
 
 
