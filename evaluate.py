@@ -339,7 +339,7 @@ def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Im
 
 
 def common_flags(parser: argparse.ArgumentParser, dataset: str, data: str, precision: str) -> None:
-    """The others: what is taken without such a flag, in words."""
+    """Add the flags that train.py and evaluate.py share. dataset, data, precision: their defaults, for the help."""
     flag = parser.add_argument_group("data and device").add_argument
     # fmt: off
     flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder in REFER's format; default: {dataset}")

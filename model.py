@@ -163,7 +163,7 @@ class VisionEncoder(nn.Module):
         for stage in self.swin.layers:
             for block in stage.blocks:
                 block.__class__ = PadThenShiftBlock  # the same weights; only _attn differs
-                block.attn.fused_attn = True  # timm leaves it off; the same to 1e-5, and a GPU stores no attention maps
+                block.attn.fused_attn = True  # ours: off in timm; the same output to 1e-5, no attention maps in memory
         start_from_scratch(self.swin)
         self.dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
         self.fusions = nn.ModuleList(

@@ -68,7 +68,7 @@ class VISBlock(nn.Module):
 
     * S_norm sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4). So E, which is query
       and residual of the cross-attention, is nearly zero. The visual tokens differ from each other almost only because
-      M_hat leaves each of them other pixels.
+      M_hat lets each attend to pixels of its own.
     * The cosine similarities in S lie in [-1, 1], and the softmax has no temperature. No selected pixel can weigh more
       than e^2 = 7.4 times another.
     """
@@ -355,7 +355,7 @@ class Variant(NamedTuple):
     mIoU: float | None  # the paper's on RefCOCO (ours: val), in per cent; VEGA's is 76.27 in Tables 4 to 6
     oIoU: float | None
     block: type[nn.Module] = VISBlock
-    enhanced: bool = True  # the linguistic tokens look at F_v before they select and enter G; ours: in Tables 3, 4 too
+    enhanced: bool = True  # the linguistic tokens look at F_v before they select and enter G; ours: in all of Tables 3, 4
     contrastive: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
 
 

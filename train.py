@@ -47,7 +47,7 @@ SETTABLE = {
 }  # fmt: skip
 STOPPED = 75  # exit status after a signal, EX_TEMPFAIL of sysexits.h; --resume goes on
 START_FLAGS = "dataset model init swin bert no_pretrained".split()  # fixed when a run starts
-FREE_FLAGS = "device data images workers out resume resume_anyway overrides".split()  # may change on --resume
+FREE_FLAGS = "device data images workers out resume resume_anyway overrides".split()  # not compared on --resume
 
 
 @command_line
