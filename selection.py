@@ -355,7 +355,7 @@ class Variant(NamedTuple):
     mIoU: float | None  # the paper's on RefCOCO (ours: val), in per cent; VEGA's is 76.27 in Tables 4 to 6
     oIoU: float | None
     block: type[nn.Module] = VISBlock
-    enhanced: bool = True  # linguistic tokens look at F_v before they select and enter G; ours: in all of Tables 3 and 4
+    enhanced: bool = True  # tokens look at F_v before they select and enter G; ours: in all of Tables 3 and 4
     contrastive: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
 
 
