@@ -190,7 +190,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     defaults: of flags, and settings that have no flag, such as warmup.
     """
     rows = [f"  {name:<22}{v.table:<5}{v.oIoU or '-':>5}  {v.row}" for name, v in VARIANTS.items()]
-    rows += [f"  --ratio {ratio:<14}6    {oIoU:>5.2f}  share of the pixels selected" for ratio, (_, oIoU) in RATIOS.items()]
+    rows += [f"  --ratio {ratio:<14}6    {oIoU:>5.2f}  pixels selected" for ratio, (_, oIoU) in RATIOS.items()]
     variants = "\n".join(["variants and ratios, by the paper's table, with its oIoU on RefCOCO val:", *rows])
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=variants, formatter_class=as_written)
