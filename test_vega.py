@@ -1128,7 +1128,7 @@ def test_resume_with_other_settings_must_be_wanted(train_here, tmp_path, capsys)
     others = ["--lr", "1e-5", "--max-steps", "3", "--set", "dice=0.5"]
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", "--out", str(out), *others])
-    assert "this run has max_steps 1, not 3; lr 0.0015, not 1e-05; dice 1.0, not 0.5: " in refused.value.code
+    assert "this run has max_steps 1, not 3; lr 0.001, not 1e-05; dice 1.0, not 0.5: " in refused.value.code
     with pytest.raises(SystemExit, match="max_steps 1, not None"):
         train.main(["--resume", "--out", str(out), "--epochs", "3"])
     anyway = ["--resume-anyway", "--out", str(out)]
@@ -1144,14 +1144,12 @@ def test_resume_with_other_settings_must_be_wanted(train_here, tmp_path, capsys)
     assert "12 steps of 4" in capsys.readouterr().out
 
 
-def test_the_learning_rate_rises_then_decays_and_gradients_are_clipped(train_here, tmp_path):
-    """A twentieth of the steps warms up: of one step 0.05, of three 0.15, and the rest decays. Gradients have norm 1."""
+def test_the_learning_rate_rises_then_decays_also_after_resume_anyway(train_here, tmp_path):
+    """A twentieth of the steps warms up: of one step 0.05, of three 0.15, and the rest decays."""
     train_here("--max-steps", 1)
-    moments = read_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["state"].values()  # a tenth of the gradient
-    assert torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item() == pytest.approx(0.1, rel=1e-3)
     train_here("--resume-anyway", "--lr", 1e-5, "--max-steps", 3)
     rates = [line["lr"] for line in log_of(tmp_path / "run") if "lr" in line]
-    assert rates == pytest.approx([1.5e-3 / 1.05, 1e-5 * (2 / 2.85) ** 0.9, 1e-5 * (1 / 2.85) ** 0.9])
+    assert rates == pytest.approx([1e-3 / 1.05, 1e-5 * (2 / 2.85) ** 0.9, 1e-5 * (1 / 2.85) ** 0.9])
     groups = read_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
     assert [group["lr"] / rates[2] for group in groups] == pytest.approx([0.05, 0.05, 1, 1])  # BERT's come first
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01, 0.0]
