@@ -258,14 +258,15 @@ def pictures(
     model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, metrics: Metrics, device: torch.device, folder: Path,
     name: str, count: int,
 ) -> None:  # fmt: skip
-    """Write four sheets; no sample is chosen by hand. metrics: of the whole split.
+    """Write up to four sheets; no sample is chosen by hand. metrics: of the whole split.
 
     pictures-NAME.png     `count` samples at even distances: image, ground truth, prediction, how similar each pixel is
                           to [CLS] (bright: most), the pixels that [CLS] selected
     words-NAME.png        the pixels that each token selected (the paper's Figure 3), in the sample whose words' pixels
                           are least [CLS]'s, and its features in the plane (Figure 5)
     expressions-NAME.png  the image in the middle under each expression of its objects (Figures 7 and 9: of one object)
-    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4)
+    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4). Only of a
+                          variant that selects
     """
 
     def look(index: int) -> tuple[str, list]:

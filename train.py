@@ -197,7 +197,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1e-3 for tiny)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16 for base, 8 for tiny)")
     flag("--micro-batch", type=int, metavar="N", help="each process takes its share of the batch N images at a time")
-    flag("--seed", type=int, default=0, help="of the starting weights, the samples' order and choice, and dropout")
+    flag("--seed", type=int, default=0, help="of starting weights, order, choice of sentences, dropout; not of the shapes")
     flag("--gradient-checkpointing", action="store_true", help="compute Swin's blocks again in backward: less memory")
     flag("--workers", type=int, help="processes that load images, for each GPU (default: 4 for base, 0 for tiny)")
     flag = parser.add_argument_group("the run").add_argument
