@@ -117,7 +117,7 @@ class VISBlock(nn.Module):
             S_norm = torch.softmax(S + M_hat, dim=-1)  # [B, T, N], Eq. 4
 
             # weighted average summation
-            # one matrix product instead of expanding to [B, T, N, D], multiplying and summing over N: the same E.
+            # ours: one matrix product instead of expanding to [B, T, N, D], multiplying and summing over N: the same E.
             # M changes nothing here, for S_norm is zero outside it; it stays as printed
             E = (M * S_norm) @ F_v / K  # [B, T, D]
 
@@ -137,17 +137,17 @@ class VISBlock(nn.Module):
 INITIAL_LOG_TAU = math.log(0.07)  # ours: tau starts at CLIP's 0.07; the model learns its logarithm: it stays positive
 
 
-def pixel_contrastive_loss(s: Tensor, mask: Tensor, tau: Tensor | float) -> Tensor:
+def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Tensor:
     """Eq. 5, in fp32. Ours: s is enlarged to the mask's size, and the mean is taken over all pixels, of Z+ and of Z-.
 
     Args:
         s: [B, h, w] the row of [CLS] in S, as a map; the paper: "for the global visual token v_1".
-        mask: [B, H, W] 1 (or True) on the target, Z+, and 0 elsewhere, Z-.
+        target: [B, H, W] its mask, 1 (or True) in Z+ and 0 in Z-.
         tau: temperature, positive.
     """
-    logits = F.interpolate((s.float() / tau)[:, None], mask.shape[-2:], mode="bilinear")[:, 0]  # [B, H, W]
+    logits = F.interpolate((s.float() / tau)[:, None], target.shape[-2:], mode="bilinear")[:, 0]  # [B, H, W]
     # -log(sigmoid(x)) on Z+, -log(1 - sigmoid(x)) on Z-
-    return F.binary_cross_entropy_with_logits(logits, mask.float())
+    return F.binary_cross_entropy_with_logits(logits, target.float())
 
 
 class Stepwise(nn.Module):
