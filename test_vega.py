@@ -1410,6 +1410,8 @@ def test_word_measures_worked_by_hand():
     first, second = evaluate.word_measures(output, torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
     assert first == pytest.approx({"token cosine": 2 / 6, "pixels shared with CLS": (50 + 0) / 2})
     assert second == pytest.approx({"token cosine": 1, "pixels shared with CLS": 100})
+    output["selection"] = Selection(None, None, M, 0 * M)  # a threshold that no pixel passes: the measure stays
+    assert evaluate.word_measures(output, torch.ones(2, 4))[0]["pixels shared with CLS"] == 0
 
 
 class FirstColumn(torch.nn.Module):
