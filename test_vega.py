@@ -1558,6 +1558,7 @@ WRONG_INPUTS = [
     (train, ["--batch-size", "16", "--micro-batch", "3"], "--batch-size 16 does not divide among 1 process(es)"),
     (train, ["--device", "gpu"], "--device gpu can't be used here"),
     (train, ["--resume", "--out", "nowhere"], "there is no checkpoint nowhere"),
+    (train, ["--init", "x.pt", "--model", "tiny"], "--init brings sizes and weights along"),
     (train, ["--resume", "--variant", "linguistic"], "this run has variant vega, not linguistic"),
     (train, ["--resume-anyway", "--variant", "linguistic"], "the checkpoint does not fit the model"),
     (train, ["--variant", "threshold"], "there is no variant 'threshold'; it must be one of vega, linguistic"),
