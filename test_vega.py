@@ -1144,9 +1144,11 @@ def test_resume_with_other_settings_must_be_wanted(train_here, tmp_path, capsys)
     assert "12 steps of 4" in capsys.readouterr().out
 
 
-def test_the_learning_rate_rises_then_decays_also_after_resume_anyway(train_here, tmp_path):
-    """A twentieth of the steps warms up: of one step 0.05, of three 0.15, and the rest decays."""
+def test_the_learning_rate_rises_then_decays_and_gradients_are_clipped(train_here, tmp_path):
+    """A twentieth of the steps warms up: of one step 0.05, of three 0.15, and the rest decays. Gradients have norm 1."""
     train_here("--max-steps", 1)
+    moments = read_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["state"].values()  # a tenth of the gradient
+    assert torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item() == pytest.approx(0.1, rel=1e-3)
     train_here("--resume-anyway", "--lr", 1e-5, "--max-steps", 3)
     rates = [line["lr"] for line in log_of(tmp_path / "run") if "lr" in line]
     assert rates == pytest.approx([1e-3 / 1.05, 1e-5 * (2 / 2.85) ** 0.9, 1e-5 * (1 / 2.85) ** 0.9])
