@@ -68,16 +68,12 @@ def command_line(main):
 
 DATASETS = {  # name -> its refs file under --data, beside instances.json, and split -> (refs, images)
     "shapes": ("shapes/refs(shapes).p", {}),
-    # the sizes: TensorFlow Datasets' documentation of ref_coco
-    "refcoco": ("refcoco/refs(unc).p", {
-        "train": (42404, 16994), "val": (3811, 1500), "testA": (1975, 750), "testB": (1810, 750),
-    }),
-    "refcoco+": ("refcoco+/refs(unc).p", {
-        "train": (42278, 16992), "val": (3805, 1500), "testA": (1975, 750), "testB": (1798, 750),
-    }),
-    "refcocog-umd": ("refcocog/refs(umd).p", {
-        "train": (42226, 21899), "val": (2573, 1300), "test": (5023, 2600),
-    }),
+    # the sizes: TensorFlow Datasets' documentation of ref_coco; the paper's 54,822 objects of G-Ref are more than these
+    "refcoco": ("refcoco/refs(unc).p",
+                {"train": (42404, 16994), "val": (3811, 1500), "testA": (1975, 750), "testB": (1810, 750)}),
+    "refcoco+": ("refcoco+/refs(unc).p",
+                 {"train": (42278, 16992), "val": (3805, 1500), "testA": (1975, 750), "testB": (1798, 750)}),
+    "refcocog-umd": ("refcocog/refs(umd).p", {"train": (42226, 21899), "val": (2573, 1300), "test": (5023, 2600)}),
     "refcocog-google": ("refcocog/refs(google).p", {"train": (44822, 24698), "val": (5000, 4650)}),
 }  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
@@ -209,25 +205,16 @@ def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def standardise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, S, S] -> float, as ImageNet's models expect it; on the model's device, since bytes travel faster."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
-    return (images / 255 - mean) / std
-
-
 # Words
 
 
 def make_tokenizer(expressions: list[str]) -> BertTokenizer:
     """BERT's tokenizer with the whole words of these expressions for its vocabulary; others become [UNK]."""
     bare = BertTokenizer(do_lower_case=True).backend_tokenizer
-    words = {
-        word
-        for expression in expressions
-        for word, _ in bare.pre_tokenizer.pre_tokenize_str(bare.normalizer.normalize_str(expression))
-    }
+    text = bare.normalizer.normalize_str(" ".join({word for expression in expressions for word in expression.split()}))
+    words = sorted({word for word, _ in bare.pre_tokenizer.pre_tokenize_str(text)})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return BertTokenizer(vocab={word: i for i, word in enumerate(special + sorted(words))}, do_lower_case=True)
+    return BertTokenizer(vocab={word: i for i, word in enumerate(special + words)}, do_lower_case=True)
 
 
 def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) -> dict[str, torch.Tensor]:
@@ -259,7 +246,7 @@ def locate(name: str, data: Path) -> tuple[Path, list[Path]]:
     elif not refs.is_file():
         raise InputError(f"there is no dataset {name}: it must be a folder or one of {', '.join(DATASETS)}")
     images = refs.parent / "images"
-    return refs, [images, *sorted(path for path in images.glob("**/") if path != images)]
+    return refs, sorted(images.glob("**/")) or [images]
 
 
 class Referred(NamedTuple):
@@ -379,27 +366,25 @@ class RefDataset(torch.utils.data.Dataset):
         if self.decoded[0] != self.object(index).image_id:
             self.decoded = self.object(index).image_id, to_input(self.image(index), self.image_size)
         mask = Image.fromarray(self.mask(index)).resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
-        return {
-            "image": self.decoded[1],
-            "mask": torch.from_numpy(np.array(mask)),
-            **{name: values[index] for name, values in self.tokens.items()},
-            "index": index,
-        }
+        # an augmentation would stand here: it must change the mask like the image, and leave self.decoded as it is
+        tokens = {name: values[index] for name, values in self.tokens.items()}
+        return {"image": self.decoded[1], "mask": torch.from_numpy(np.array(mask)), **tokens, "index": index}
 
     def ids(self, index: int) -> dict:
         """{"ref_id", "sent_id", "image_id", "expression"} of sentence `index`, for logs."""
         item = self.object(index)
-        sent_id = item.sent_ids[index - self.first[self.owners[index]]]
-        return {
-            "ref_id": item.ref_id, "sent_id": sent_id, "image_id": item.image_id, "expression": self.expressions[index],
-        }  # fmt: skip
+        ids = {"ref_id": item.ref_id, "sent_id": item.sent_ids[index - self.first[self.owners[index]]]}
+        return {**ids, "image_id": item.image_id, "expression": self.expressions[index]}
 
     def object(self, index: int) -> Referred:
         """The object that sentence `index` names."""
         return self.objects[self.owners[index]]
 
     def image(self, index: int) -> Image.Image:
-        """The image of sentence `index`, RGB at its own size. Raises InputError if its shape is not as stated."""
+        """The image of sentence `index`, RGB at its own size. Raises InputError if instances.json gives another shape.
+
+        It may be scaled: height / width must agree to 10 %.
+        """
         item = self.object(index)
         file = self.folder / item.file_name
         image = open_image(file, read=lambda opened: to_rgb(opened, upright=False))  # as COCO's masks lie on it
@@ -479,20 +464,18 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
     for split in dict.fromkeys([*sizes, "train", "val", *splits]):
         items = splits.get(split, [])
         found = len(items), len({item.image_id for item in items})
-        print(f"{split}: {found[0]} refs of {found[1]} images")
+        print(f"{split}: {found[0]} refs of {found[1]} images, {sum(len(item.sentences) for item in items)} sentences")
         if found != sizes.get(split, found):
             wrong.append(f"{split}: WRONG, not {sizes[split]}")
         elif not items:
             wrong.append(f"{split}: MISSING, and needed to train")
     datasets = [RefDataset(name, split, data, images) for split in splits]
     print(f"blank sentences: {sum(not text for dataset in datasets for text in dataset.expressions)}")
-    files = {item.file_name for items in splits.values() for item in items}
-    missing = {file for file in files if not (folder / file).is_file()}
+    missing = {one.file_name for items in splits.values() for one in items if not (folder / one.file_name).is_file()}
     print(f"image files missing: {len(missing)}")
     wrong += [f"missing: {file}" for file in sorted(missing)[:5]]
 
-    objects = [(dataset, int(first)) for dataset in datasets for first in dataset.first[:-1]]
-    objects = [(dataset, index) for dataset, index in objects if dataset.object(index).file_name not in missing]
+    objects = [(d, int(first)) for d in datasets for first in d.first[:-1] if d.object(first).file_name not in missing]
     np.random.default_rng(0).shuffle(objects)
     objects = objects if every_image else objects[:200]
     broken, samples, empty = [], [], 0
@@ -673,14 +656,12 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict = SCENES) -> None:
             })  # fmt: skip
         for position, texts in targets:
             annotation = annotations[first + position]
-            sentences = [
-                {"sent_id": 2 * len(refs) + i, "sent": text, "raw": text, "tokens": text.split()}
-                for i, text in enumerate(texts)
-            ]
+            ids = [2 * len(refs), 2 * len(refs) + 1]
+            sentences = [{"sent_id": i, "sent": one, "raw": one, "tokens": one.split()} for i, one in zip(ids, texts)]
             refs.append({
                 "ref_id": len(refs), "ann_id": annotation["id"], "image_id": image["id"], "split": split,
                 "category_id": annotation["category_id"], "file_name": image["file_name"],
-                "sent_ids": [sentence["sent_id"] for sentence in sentences], "sentences": sentences,
+                "sent_ids": ids, "sentences": sentences,
             })  # fmt: skip
     categories = [{"id": 1 + i, "name": shape} for i, shape in enumerate(SHAPES)]
     instances = {"info": {"seed": seed}, "images": images, "annotations": annotations, "categories": categories}

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 
 from data import (
-    DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, input_errors, load_batches, open_image, overlay,
-    sheet, standardise, to_input, to_rgb, tokenize,
+    DATASETS, GREEN, MEAN, RED, STD, WHITE, InputError, RefDataset, command_line, input_errors, load_batches,
+    open_image, overlay, sheet, to_input, to_rgb, tokenize,
 )  # fmt: skip
 from model import VEGA, VEGAConfig, newest_run, read_checkpoint, restore
 from selection import RATIOS, VARIANTS
@@ -107,10 +107,11 @@ def gather(value) -> list:
 
 
 def model_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The arguments of VEGA's forward from a batch of RefDataset, on the device."""
+    """The arguments of VEGA's forward from a batch of RefDataset, on the device, where images are standardised."""
     names = ("image", "input_ids", "attention_mask")
     image, input_ids, attention_mask = (batch[name].to(device, non_blocking=True) for name in names)
-    return standardise(image), input_ids, attention_mask
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    return (image / 255 - mean) / std, input_ids, attention_mask
 
 
 # Masks of photographs
@@ -157,9 +158,9 @@ class Metrics:
         """Count sample number `index`, whose masks are bool [H, W] both. measures: see `word_measures`."""
         intersection = (prediction & target).sum().item()
         union = (prediction | target).sum().item()
-        iou = intersection / union if union else 0.0  # ours: 0, as in the peers' test scripts
-        sample = {"index": index, "intersection": intersection, "union": union, "iou": iou, "measures": measures or {}}
-        self.samples.append(sample)
+        iou = intersection / union if union else 0.0  # ours: 0, as in LAVT's test script
+        counts = {"intersection": intersection, "union": union, "iou": iou}
+        self.samples.append({"index": index, **counts, "measures": measures or {}})
 
     def compute(self) -> dict:
         """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, the means of `word_measures`, and "samples"."""
@@ -193,7 +194,7 @@ def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
     count = real.sum(1)  # [CLS] and [SEP] at least
     total = (F.normalize(output["tokens"].float(), dim=-1) * real[..., None]).sum(1)  # [B, D]
     measures = {"token cosine": (total.square().sum(-1) - count) / (count * (count - 1))}  # all pairs of two
-    _, _, S, M = output["selection"]
+    S, M = output["selection"].S, output["selection"].M
     if S is not None and S.shape[1] == real.shape[1] and S[:, 0].any():
         shared = 100 * (M * M[:, :1]).sum(-1) / M.sum(-1).clamp(min=1)  # [B, T]
         words = F.pad(real[:, 2:], (1, 1))  # [B, T] 1 for each token that is neither the first nor the last
@@ -215,8 +216,7 @@ def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     if 2 * longest > len(dataset):
         raise InputError("shuffled expressions need at least two images, none with more than half of the sentences")
     order = np.concatenate(images)
-    source = np.empty_like(order)
-    source[order] = np.roll(order, longest)
+    source = np.roll(order, longest)[np.argsort(order)]
     dataset.expressions = [dataset.expressions[s] for s in source]
     dataset.tokens = {name: values[source] for name, values in dataset.tokens.items()}
 
@@ -228,19 +228,17 @@ def evaluate(
 ) -> Metrics:  # fmt: skip
     """Count every sentence of every object once, in the same batches for any number of processes.
 
-    resolution: "input" compares at the model's input size with the mask resized to it by nearest (the paper's peers'
-    protocol); "original" at the image's own size, the logits resized to it.
+    resolution: "input" compares at the model's input size with the mask resized to it by nearest (LAVT's protocol);
+    "original" at the size that instances.json gives the image, with the logits resized to it.
     """
     model.eval()
     metrics = Metrics()
     batches = list(BatchSampler(range(len(dataset)), BATCH_SIZE, drop_last=False))[rank() :: world()]  # dealt whole
     loader = load_batches(dataset, batches, workers, device)
-    hidden = True if rank() else None  # None: shown in a terminal alone
-    for batch in tqdm(loader, dataset.split, len(batches), leave=False, unit="batch", disable=hidden):
-        inputs = model_inputs(batch, device)
+    for batch in tqdm(loader, dataset.split, len(batches), leave=False, unit="batch", disable=bool(rank()) or None):
         with autocast(device, precision):
-            output = model(*inputs)
-        masks, measures = batch["mask"].to(device), word_measures(output, inputs[2])
+            output = model(*model_inputs(batch, device))
+        masks, measures = batch["mask"].to(device), word_measures(output, batch["attention_mask"])
         for index, logits, mask, measure in zip(batch["index"].tolist(), output["logits"], masks, measures):
             if resolution == "original":
                 mask = torch.from_numpy(dataset.mask(index)).to(device)
@@ -262,11 +260,11 @@ def pictures(
 
     pictures-NAME.png     `count` samples at even distances: image, ground truth, prediction, how similar each pixel is
                           to [CLS] (bright: most), the pixels that [CLS] selected
-    words-NAME.png        the pixels that each token selected (the paper's Figure 3), in the sample whose words' pixels
-                          are least [CLS]'s, and its features in the plane (Figure 5)
+    words-NAME.png        the pixels that each token selected (the paper's Figure 3), in the sample whose words share
+                          fewest with [CLS], and its features in the plane (Figure 5)
     expressions-NAME.png  the image in the middle under each expression of its objects (Figures 7 and 9: of one object)
-    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4). Only of a
-                          variant that selects
+    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4). Not of a
+                          variant that does not select; without top-k the rows are the same
     """
 
     def look(index: int) -> tuple[str, list]:
@@ -317,9 +315,8 @@ def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Im
     the visual expression. output: VEGA's, of one sample; target: bool [H, W].
     """
     F_v, (G, mask_G, *_) = output["F_v"][0], output["selection"]
-    width = math.isqrt(len(F_v))
     masks = torch.stack([target.to(F_v.device), output["logits"][0] > 0]).float()
-    truth, prediction = F.interpolate(masks[None], (width, width), mode="area")[0].flatten(1) > 0.5
+    truth, prediction = F.adaptive_avg_pool2d(masks, math.isqrt(len(F_v))).flatten(1) > 0.5
     T = output["tokens"].shape[1]
     colors = ["limegreen" if t != p else "orange" if t else "lightskyblue" for t, p in zip(truth, prediction)]
     colors += ["purple"] * T + ["red"] * (len(G[0]) - T)
@@ -342,21 +339,11 @@ def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Im
 def common_flags(parser: argparse.ArgumentParser, dataset: str, data: str, precision: str) -> None:
     """Add the flags that train.py and evaluate.py share. dataset, data, precision: their defaults, for the help."""
     flag = parser.add_argument_group("data and device").add_argument
-    # fmt: off
     flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder in REFER's format; default: {dataset}")
     flag("--data", metavar="DIR", help=f"where the known datasets are (default: {data})")
     flag("--images", metavar="DIR", help="where the dataset's images are, if not where the README says")
     flag("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     flag("--precision", choices=("fp32", "bf16"), help=f"default: {precision}")
-    # fmt: on
-
-
-def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace, at_least_1=(), at_least_0=()) -> None:
-    """End the program with a message if a flag that was given is below its limit."""
-    for name in (*at_least_1, *at_least_0):
-        value, limit = getattr(args, name), int(name in at_least_1)
-        if value is not None and not limit <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} is {value}, but must be at least {limit}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -366,11 +353,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--checkpoint", metavar="FILE", help="default: best.pt of the newest run under runs/")
     flag("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
     flag("--resolution", choices=("input", "original"), default="input",
-         help="compare masks at the model's input size (as the paper's peers) or at the image's own")
+         help="compare masks at the model's input size (as LAVT) or at the image's own")
     flag("--json", metavar="FILE", help="also write the scores there, split -> scores in per cent")
     flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU and its counts")
     flag("--pictures", type=int, default=0, metavar="N",
-         help="write N samples of each split beside the checkpoint, and what each word selects in one")
+         help="draw N samples of each split beside the checkpoint, and in others what each word selects, and more")
     flag("--shuffle-expressions", action="store_true", help="give each sample the expression of another image")
     flag("--image", nargs="+", metavar="FILE", help="segment these photographs, or a folder's, instead of a dataset")
     flag("--expression", nargs="+", metavar="TEXT", help="what to segment in them, one or more")
@@ -384,7 +371,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in "split dataset images pictures json per_sample shuffle_expressions".split():
         if args.image and getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} does nothing with --image: leave one of them out")
-    check_numbers(parser, args, at_least_0=("pictures",))
+    if args.pictures < 0:
+        parser.error(f"--pictures is {args.pictures}, but must be at least 0")
     for file in filter(None, (args.json, args.per_sample)):  # before the work, not after it
         if not Path(file).parent.is_dir():
             parser.error(f"there is no folder {Path(file).parent} to write {file} to")
@@ -451,14 +439,13 @@ def main(argv: list[str] | None = None) -> dict | None:
             label = split + "-shuffled" * args.shuffle_expressions
             pictures(model, tokenizer, dataset, metrics, device, checkpoint_file.parent, label, args.pictures)
     if rank() == 0:
-        note = ", expressions shuffled" if args.shuffle_expressions else ""
-        print(f"{checkpoint_file}, step {checkpoint['step']}{note}")
+        print(f"{checkpoint_file}, step {checkpoint['step']}" + ", expressions shuffled" * args.shuffle_expressions)
         print(f"{'Dataset':<16}{'split':<8}" + "".join(f"{column:>8}" for column in COLUMNS))
         comparable = settings["model"] == "base" and not args.shuffle_expressions and args.resolution == "input"
-        for split, ours in scores.items():
+        for split, measured in scores.items():
             paper = of_paper(config, name, split) if comparable else {}
-            difference = {column: ours[column] - paper[column] for column in paper}
-            for first, second, row in ((name, split, ours), ("", "paper", paper), ("", "- paper", difference)):
+            difference = {column: measured[column] - paper[column] for column in paper}
+            for first, second, row in ((name, split, measured), ("paper", "", paper), ("difference", "", difference)):
                 cells = "".join(f"{row[column]:>8.2f}" if column in row else " " * 8 for column in COLUMNS)
                 if row:
                     print(f"{first:<16}{second:<8}{cells}")

@@ -34,21 +34,21 @@ BERT_FIELDS = (  # of transformers' BertConfig, whose defaults are BERT-base
 class VEGAConfig:
     """Everything that decides the model's shape and its loss; a checkpoint carries it. Defaults: the paper's model.
 
-    Raises InputError if the fields don't go together.
+    Raises InputError for fields that a flag can set, if they don't go together.
     """
 
     image_size: int = 480  # pixels a side; the photograph is squeezed to this square
     embed_dim: int = 128  # Swin-B: channels at stage 1; they double at every stage
     depths: tuple[int, ...] = (2, 2, 18, 2)  # Swin-B: blocks per stage
     num_heads: tuple[int, ...] = (4, 8, 16, 32)  # Swin-B: attention heads per stage
-    window_size: int = 12  # Swin-B as it is pretrained at 384 x 384
+    window_size: int = 12  # ours: of the Swin-B pretrained at 384 x 384
     drop_path: float = 0.3  # ours: stochastic depth of the last Swin block
     coordinates: bool = False  # ours: add the pixels' coordinates to the patch embedding
     bert: dict = field(default_factory=lambda: {name: getattr(BertConfig(), name) for name in BERT_FIELDS})
     max_tokens: int = 21  # ours: of an expression, with [CLS] and [SEP]; a longer one is cut
     variant: str = "vega"  # or another name of selection.VARIANTS
     ratio: float = 0.3  # share of the pixels that each token selects (Table 6)
-    attention_heads: int = 8  # ours: of every cross- and self-attention that VEGA adds
+    attention_heads: int = 8  # ours: of every AttentionLayer; early fusion has one head
     decoder_width: int = 256  # ours: channels
     dropout: float = 0.1  # ours: in BERT, the enhancement and the VIS block, not in the decoder
     contrastive: float = 0.5  # ours: weight of Eq. 5 beside the mask's cross-entropy
@@ -81,15 +81,13 @@ class VEGAConfig:
             raise InputError(f"the ratio of selected pixels is {self.ratio}, but must lie in (0, 1]")
         if not (0 <= self.drop_path < 1 and 0 <= self.dropout < 1 and self.contrastive >= 0 and self.dice >= 0):
             raise InputError("dropout and drop_path must lie in [0, 1), contrastive and dice must be at least 0")
-        smallest = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
-        if self.image_size % 4 or self.image_size < smallest:
-            raise InputError(
-                f"the image size is {self.image_size}, but must be a multiple of 4 and at least {smallest}"
-            )
+        least = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
+        if self.image_size % 4 or self.image_size < least:
+            raise InputError(f"the image size is {self.image_size}, but must be a multiple of 4 and at least {least}")
 
 
 class EarlyFusion(nn.Module):
-    """Early fusion after each Swin stage (Sec. 3.1). Ours: LAVT's pixel-word attention and its gated residual."""
+    """After each Swin stage (Sec. 3.1). Ours: LAVT's pixel-word attention (one head) and gated residual."""
 
     def __init__(self, dim: int, language_dim: int, gated: bool = True):
         super().__init__()
@@ -99,12 +97,11 @@ class EarlyFusion(nn.Module):
         self.value = nn.Linear(language_dim, dim)
         self.project_attended = nn.Linear(dim, dim)
         self.project_fused = nn.Linear(dim, dim)
+        self.gate = None  # ours: nothing follows the last stage, and a gate there would never see a gradient
         if gated:
             self.gate = nn.Sequential(
                 nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh()
             )
-        else:  # ours: nothing follows the last stage, and a gate there would never see a gradient
-            self.gate = None
 
     def forward(self, x: Tensor, tokens: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [B, N, C], tokens [B, T, D], mask_l [B, T] -> [B, N, C] both: `fused` is for the decoder, and x with
@@ -112,7 +109,6 @@ class EarlyFusion(nn.Module):
         # F.instance_norm: each channel of each sample to mean 0 and variance 1 over the pixels
         query = F.instance_norm(self.query(x).mT).mT  # [B, N, C]
         bias = padding_bias(mask_l).to(query.dtype)  # [B, 1, T]
-        # one head, scaled by C ** -0.5
         attended = F.scaled_dot_product_attention(query, self.key(tokens), self.value(tokens), bias)  # [B, N, C]
         attended = F.instance_norm(self.project_attended(attended).mT).mT
         fused = F.gelu(self.project_fused(F.gelu(self.project_vision(x)) * attended))
@@ -122,7 +118,7 @@ class EarlyFusion(nn.Module):
 class PadThenShiftBlock(SwinTransformerBlock):
     """timm's Swin block on maps that its windows do not tile. Ours: pad to whole windows first, then shift, as LAVT.
 
-    timm shifts first and pads after, so that opposite edges of the image share a window and no mask parts
+    timm shifts first and pads after, so that opposite edges of the image share a window and no mask separates
     them. Once padded, the map has whole windows, and timm has nothing left to pad.
     """
 
@@ -155,9 +151,9 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VEGAConfig):
         super().__init__()
         self.swin = timm.create_model(
-            "swin_base_patch4_window12_384", num_classes=0, img_size=config.image_size, embed_dim=config.embed_dim,
-            depths=config.depths, num_heads=config.num_heads, window_size=config.window_size,
-            drop_path_rate=config.drop_path,
+            "swin_base_patch4_window12_384",  # the sizes below take the place of Swin-B's
+            num_classes=0, img_size=config.image_size, embed_dim=config.embed_dim, depths=config.depths,
+            num_heads=config.num_heads, window_size=config.window_size, drop_path_rate=config.drop_path,
         )  # fmt: skip
         self.swin.norm = nn.Identity()  # ours: each stage has its own below
         for stage in self.swin.layers:
@@ -172,8 +168,7 @@ class VisionEncoder(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in self.dims)
         if config.coordinates:
             self.coordinates = nn.Linear(2, config.embed_dim)
-            with torch.no_grad():  # as strong as the patches; torch's own scale is too weak for some seeds
-                self.coordinates.weight *= 4
+            self.coordinates.weight.data *= 4  # as strong as the patches; torch's scale is too weak for some seeds
 
     def forward(self, image: Tensor, tokens: Tensor, mask_l: Tensor) -> list[Tensor]:
         """image [B, 3, H, W], tokens [B, T, D], mask_l [B, T] -> F_i [B, H_i, W_i, C_i], fused and normed."""
@@ -195,7 +190,7 @@ class VisionEncoder(nn.Module):
 class Decoder(nn.Module):
     """From the last stage to the first: look at the guidance set, upsample, join the encoder's map (Sec. 3.3).
 
-    Ours: the width, a linear layer and a convolution at each join, GroupNorm in groups of 8 channels (BatchNorm would
+    Ours: the width, the linear layers, a convolution at each join, GroupNorm in groups of 8 channels (BatchNorm would
     make several processes differ from one).
     """
 
@@ -218,9 +213,8 @@ class Decoder(nn.Module):
         *skips, last = features
         bias = padding_bias(mask_G)  # [B, 1, R]
         x = self.attentions[0](self.project(last).flatten(1, 2), G, bias).unflatten(1, last.shape[1:3])
-        for skip, project_x, project_skip, convolution, attention in zip(
-            reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:]
-        ):
+        joins = zip(reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:])
+        for skip, project_x, project_skip, convolution, attention in joins:
             # A linear layer on the concatenation of x and skip is one on x plus one on skip. That on x comes before the
             # upsampling: the same result, on a quarter of the pixels.
             x = F.interpolate(project_x(x).permute(0, 3, 1, 2), skip.shape[1:3], mode="bilinear")
@@ -257,7 +251,7 @@ class VEGA(nn.Module):
         """Segment what each expression names.
 
         Args:
-            image: [B, 3, H, W] normalised, H = W = config.image_size.
+            image: [B, 3, H, W] standardised by evaluate.model_inputs, H = W = config.image_size.
             input_ids, attention_mask: [B, T] tokens of the expression, [CLS] first, and 1 where they are real.
 
         Returns a dict:
@@ -265,8 +259,8 @@ class VEGA(nn.Module):
             "tokens": [B, T, D] BERT's, which have not looked at the image.
             "F_v": [B, N, D] the vision features that the tokens select from; None in Table 2, row 1.
             "selection": Selection, see selection.py.
-            "similarity": [B, H_4, W_4] the similarities of [CLS] as a map, the s of Eq. 5; zero in `local-only`, None in
-            variants without S. H_4: of the last stage, also where Swin has three.
+            "similarity": [B, h, w] the similarities of [CLS] as a map of the last stage, the s of Eq. 5; zero in
+            `local-only`, None in variants without S.
         """
         tokens = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
         features = self.vision(image, tokens, attention_mask)  # [B, H_i, W_i, C_i] of each stage
@@ -285,28 +279,21 @@ class VEGA(nn.Module):
         """output of `forward`, mask [B, H, W] 1 on the target -> scalars: "loss" and its terms, "bce" and others."""
         logits, mask = output["logits"], mask.float()
         losses = {"bce": F.binary_cross_entropy_with_logits(logits, mask)}
-        total = losses["bce"]
         if self.log_tau is not None:
             losses["contrastive"] = pixel_contrastive_loss(output["similarity"], mask, self.log_tau.exp())
-            total = total + self.config.contrastive * losses["contrastive"]
-        if self.config.dice:
-            losses["dice"] = dice_loss(logits, mask)
-            total = total + self.config.dice * losses["dice"]
-        return {"loss": total, **losses}
-
-
-def dice_loss(logits: Tensor, mask: Tensor) -> Tensor:
-    """1 - 2 |P M| / (|P| + |M|) on probabilities, one added above and below; the mean over samples. [B, H, W] each."""
-    probability = logits.sigmoid().flatten(1)
-    mask = mask.flatten(1)
-    overlap = 2 * (probability * mask).sum(1) + 1
-    return (1 - overlap / (probability.sum(1) + mask.sum(1) + 1)).mean()
+        if self.config.dice:  # 1 - 2 |P T| / (|P| + |T|) of probabilities and target, one added above and below
+            probability, target = logits.sigmoid().flatten(1), mask.flatten(1)  # [B, H * W]
+            overlap = 2 * (probability * target).sum(1) + 1  # [B]
+            losses["dice"] = (1 - overlap / (probability.sum(1) + target.sum(1) + 1)).mean()
+        weights = {"bce": 1.0, "contrastive": self.config.contrastive, "dice": self.config.dice}
+        return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
 
 # Pretrained weights
 
-PRETRAINED_SWIN = "swin_base_patch4_window12_384.ms_in22k"  # the paper's, by timm's name
-PRETRAINED_BERT = "google-bert/bert-base-uncased"  # and by transformers'
+# The paper: Swin-B pretrained on ImageNet-22K, and BERT-base uncased. Ours: the Swin-B of windows of 12 and 384 x 384.
+PRETRAINED_SWIN = "swin_base_patch4_window12_384.ms_in22k"  # in timm
+PRETRAINED_BERT = "google-bert/bert-base-uncased"  # in transformers
 
 
 def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
@@ -323,10 +310,10 @@ def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
             weights = timm.models.load_state_dict(source)  # timm's own loading of a file lets tensors be missing
         else:
             weights = timm.create_model(source, pretrained=True, num_classes=0).state_dict()
-    ours = swin.state_dict()
+    own = swin.state_dict()
     for name, table in weights.items():  # the filter would stretch another model's tables to fit
         if name.endswith("relative_position_bias_table"):
-            if name not in ours or table.shape != ((2 * window_size - 1) ** 2, ours[name].shape[1]):
+            if name not in own or table.shape != ((2 * window_size - 1) ** 2, own[name].shape[1]):
                 raise InputError(f"{source} is of another Swin: its {name} is {list(table.shape)}")
     weights = checkpoint_filter_fn(weights, swin)  # Microsoft's names to timm's; stored masks and indices dropped
     weights = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
@@ -341,26 +328,24 @@ def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
     """
     with input_errors(f"no BERT from {source}; give --bert FOLDER, or --no-pretrained"):
         tokenizer = BertTokenizer.from_pretrained(source)
-        bert, report = BertModel.from_pretrained(
-            source, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
-        )
+        options = dict(add_pooling_layer=False, dtype=torch.float32, output_loading_info=True)
+        bert, report = BertModel.from_pretrained(source, **options)
     words, rows = len(tokenizer), bert.config.vocab_size
     if not 5 < words <= rows:
         raise InputError(f"{source} has a vocabulary of {words}, but BERT knows {rows} words")
-    missing = report["missing_keys"]  # these start at random, but a tensor of another shape is an error above
-    if missing:
+    if missing := report["missing_keys"]:  # these start at random, but a tensor of another shape is an error above
         raise InputError(f"{source} does not fit BERT: {len(missing)} tensors are missing, the first {min(missing)}")
     return bert, tokenizer
 
 
 def load_weights(module: nn.Module, weights: dict, source: str) -> None:
     """Raises InputError, and loads nothing, unless names and shapes are the module's and all values are finite."""
-    ours = module.state_dict()
-    for name in [*ours, *weights]:
+    own = module.state_dict()
+    for name in [*own, *weights]:
         here, there = (
-            list(state[name].shape) if isinstance(state.get(name), Tensor) else "missing" for state in (ours, weights)
+            list(state[name].shape) if isinstance(state.get(name), Tensor) else "missing" for state in (own, weights)
         )
-        if here != there:
+        if name not in own or here != there:
             raise InputError(f"{source} does not fit the model: {name} is {there} there and {here} here")
         if not weights[name].isfinite().all():
             raise InputError(f"{source} is broken: {name} has values that are not finite")
@@ -369,7 +354,7 @@ def load_weights(module: nn.Module, weights: dict, source: str) -> None:
 
 # Checkpoints
 
-FORMAT = 2  # of the checkpoint; raise it when an older reader would misread a newer file
+FORMAT = 3  # of the checkpoint; raise it when an older reader would misread a newer file
 
 
 def newest_run(file: str) -> Path:
@@ -385,21 +370,19 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
+        with input_errors(f"can't write {path}; any from before is whole. Make room, then --resume"):
+            with open(part, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+    finally:
         part.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise InputError(f"can't write {path} ({reason}); any from before is whole. Make room, then --resume") from None
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint's plain dict, on the CPU. Raises InputError if the file is not one, without running any of it."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise InputError(f"there is no checkpoint {path}. Give a file such as runs/NAME/best.pt, which train.py writes")
     try:
         with open(path, "rb") as file:  # so that a disk that can't be read is an OSError
@@ -435,6 +418,5 @@ def add_words(checkpoint: dict, expressions: list[str]) -> int:
     vocab.update(zip(new, range(len(vocab), len(vocab) + len(new))))
     checkpoint["config"]["bert"]["vocab_size"] = len(vocab)
     weights = checkpoint["model"][table]
-    fresh = 0.02 * torch.randn(len(new), weights.shape[1])  # as BERT starts
-    checkpoint["model"][table] = torch.cat([weights, fresh])
+    checkpoint["model"][table] = torch.cat([weights, 0.02 * torch.randn(len(new), weights.shape[1])])  # as BERT starts
     return len(new)

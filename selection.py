@@ -5,9 +5,10 @@
     N  pixels of the last vision stage, 225 in the paper's model
     D  channels, 768
     K  pixels that each token selects, int(N * ratio) = 67
+    R  any other number of tokens
 
 Each token selects the K pixels that are most similar to it and gathers them into one token of the *visual expression*.
-A comment or docstring with "ours:" marks what the paper does not give.
+"ours" in a comment or docstring marks what the paper does not give.
 """
 
 import math
@@ -48,23 +49,23 @@ class AttentionLayer(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, q: Tensor, kv: Tensor, bias: Tensor | None = None) -> Tensor:
-        """q [B, Q, dim], kv [B, R, kv_dim] -> [B, Q, dim]. bias [B, 1 or Q, R], like M_hat, is added to the scores."""
+        """q [B, R_q, dim], kv [B, R, kv_dim] -> [B, R_q, dim]. bias [B, 1 or R_q, R], as M_hat, is added to scores."""
         query, key, value = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, Q or R, dim / heads]
+            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, R_q or R, dim / heads]
             for linear, x in ((self.query, q), (self.key, kv), (self.value, kv))
         )
         if bias is not None:
-            bias = bias[:, None].to(query.dtype)  # [B, 1, 1 or Q, R]
+            bias = bias[:, None].to(query.dtype)  # [B, 1, 1 or R_q, R]
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, bias, dropout)
-        attended = self.out(attended.transpose(1, 2).flatten(2))  # [B, Q, dim]
+        attended = self.out(attended.transpose(1, 2).flatten(2))  # [B, R_q, dim]
         return self.norm(q + F.dropout(attended, self.dropout, self.training))
 
 
 class VISBlock(nn.Module):
     """Algorithm 1 in its order, with its comments. Only "expand dimension" is left out, and K is computed first.
 
-    Two things look like mistakes, are the paper's, and are kept:
+    Two things look like mistakes in the paper. They are kept as printed:
 
     * S_norm sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4). So E, which is query
       and residual of the cross-attention, is nearly zero. The visual tokens differ from each other almost only because
@@ -89,7 +90,8 @@ class VISBlock(nn.Module):
 
         Args:
             F_v: [B, N, D] vision features.
-            Q_l: [B, T, D] linguistic features. VEGA's have looked at F_v already ("enhanced", Table 2, last row).
+            Q_l: [B, T, D] linguistic features. Algorithm 1 takes them from the language encoder. VEGA's have looked at
+                F_v before ("enhanced"): the last row of Table 2 says so, Sec. 3 does not.
             mask_l: [B, T] 1 for real tokens, 0 for padding. [SEP] and padding select pixels like any word. Padding does
                 no harm: the self-attention and the decoder never look at it.
         """
@@ -141,7 +143,8 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
     """Eq. 5, in fp32. Ours: s is enlarged to the mask's size, and the mean is taken over all pixels, of Z+ and of Z-.
 
     Args:
-        s: [B, h, w] the row of [CLS] in S, as a map; the paper: "for the global visual token v_1".
+        s: [B, h, w] the row of [CLS] in S, as a map. The paper: "for the global visual token v_1"; ours: that is the
+            row by which v_1 selects its pixels, not the similarities of v_1 itself.
         target: [B, H, W] its mask, 1 (or True) in Z+ and 0 in Z-.
         tau: temperature, positive.
     """
@@ -154,7 +157,9 @@ class Stepwise(nn.Module):
     """Algorithm 1 once more, a method a step, for the ablations. Unchanged, it returns what VISBlock returns,
     on a CPU bit for bit.
 
-    An ablation overrides a step. To replace a layer, it leaves it out of `layers` and defines a method of its name.
+    An ablation overrides a step, or `forward` if the steps do not fit. To put a function in a layer's place, leave the
+    layer's name out of `layers` and define a method of that name, as GlobalOnly does. Who changes a step of the method
+    itself changes it here and in VISBlock: else the ablations differ from `vega` in more than their row.
     """
 
     layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # that __init__ makes
@@ -186,7 +191,7 @@ class Stepwise(nn.Module):
     def rank(self, S: Tensor) -> Tensor:  # -> rank_index [B, R, K]
         return S.topk(max(1, int(S.shape[-1] * self.ratio)), dim=-1).indices
 
-    def select(self, S: Tensor) -> Tensor:  # -> M [B, R, N]
+    def select(self, S: Tensor) -> Tensor:  # -> M [B, R, N], each 0 or 1
         return torch.zeros_like(S).scatter(-1, self.rank(S), 1.0)
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:  # -> S_norm [B, R, N]
@@ -236,8 +241,8 @@ class TopKPixels(Stepwise):
 class NoCues(Stepwise):
     """Table 3b, row 1: neither [CLS] nor the words select; learned queries gather from all pixels.
 
-    Ours: 21 learned queries, as many as the longest expression has tokens. The paper says only that both cues are gone.
-    Some visual tokens must remain: without any it would be Table 2, row 2, whose figures differ.
+    Ours: 21 learned queries, as many as an expression may have tokens. The paper says only that both cues are gone.
+    Some visual tokens must remain: without any it would be Table 2, row 2, whose scores differ.
     """
 
     layers = ("cross_attention", "self_attention")
@@ -255,7 +260,7 @@ class NoCues(Stepwise):
 
 
 class LocalOnly(Stepwise):
-    """Table 3b, row 2: the words select, [CLS] does not: its rows of S and M are zero. G is [B, 2T - 1, D].
+    """Table 3b, row 2: all tokens but [CLS] select; its rows of S and M are zero. G is [B, 2T - 1, D].
 
     Without Eq. 5, which needs [CLS], little teaches the words what to select.
     """
@@ -270,7 +275,7 @@ class LocalOnly(Stepwise):
 class GlobalOnly(Stepwise):
     """Table 3b, row 3: [CLS] selects, the words do not: S and M have its row alone. G is [B, T + 1, D].
 
-    The table as printed ticks both cues in this row; Sec. 4.3.3 tells which figure is which. Ours: no self-attention,
+    The table as printed ticks both cues in this row; Sec. 4.3.3 tells which scores are whose. Ours: no self-attention,
     since the one visual token has no other to look at.
     """
 
@@ -295,7 +300,7 @@ class SigmoidThreshold(Stepwise):
 class NoSimilarityWeights(Stepwise):
     """Table 4c, row 1: E is the plain mean of the selected pixels. Eq. 5 alone teaches the projections.
 
-    Its weights sum to one, those of VEGA to 1 / K.
+    Its weights sum to one, VEGA's to 1 / K, so E is also K times as large: `sum-once` tells the two effects apart.
     """
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
@@ -326,7 +331,7 @@ class NoCrossAttention(Stepwise):
 
 
 class SumOnce(Stepwise):
-    """Ours, beyond the paper: E is the weighted mean, not divided by K once more."""
+    """Ours, beyond the paper: E is the weighted mean, without Eq. 4's 1 / K."""
 
     def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:
         return (M * S_norm) @ F_v
@@ -337,7 +342,7 @@ class Sharp(Stepwise):
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__(dim, num_heads, ratio, dropout)
-        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))  # VEGA puts Eq. 5's in its place
+        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))  # VEGA.__init__ puts Eq. 5's in its place
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
         return super().normalise(S / self.log_tau.exp(), M_hat)
@@ -355,7 +360,8 @@ class Variant(NamedTuple):
     mIoU: float | None  # the paper's on RefCOCO (ours: val), in per cent; VEGA's is 76.27 in Tables 4 to 6
     oIoU: float | None
     block: type[nn.Module] = VISBlock
-    enhanced: bool = True  # tokens look at F_v before they select and enter G; ours: in all of Tables 3 and 4
+    # tokens look at F_v before they select and enter G; ours: in all of Tables 3 and 4. False: there is no F_v at all
+    enhanced: bool = True
     contrastive: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
 
 
@@ -373,14 +379,14 @@ VARIANTS = {
     "sigmoid-threshold": Variant("4a", "sigmoid (> 0.5)", 76.15, 74.81, SigmoidThreshold),
     "no-contrastive": Variant("4b", "no contrastive loss", 76.24, 74.92, contrastive=False),
     "no-similarity-weights": Variant("4c", "similarity scores not multiplied", 76.23, 75.05, NoSimilarityWeights),
-    "no-normalisation": Variant("4d", "no normalization, no top-k mask in it", 76.18, 74.97, NoNormalisation),
+    "no-normalisation": Variant("4d", "similarities as they are for weights", 76.18, 74.97, NoNormalisation),
     "unmasked-softmax": Variant("4d", "normalization without top-k mask", 76.22, 75.14, UnmaskedSoftmax),
     "no-cross-attention": Variant("4e", "no top-k cross-attention", 76.11, 74.23, NoCrossAttention),
-    "sum-once": Variant("ours", "E without the second 1 / K", None, None, SumOnce),
+    "sum-once": Variant("ours", "E without the 1 / K of Eq. 4", None, None, SumOnce),
     "sharp": Variant("ours", "softmax over S / tau, with the tau of Eq. 5", None, None, Sharp),
     "sum-once-sharp": Variant("ours", "both", None, None, SumOnceSharp),
 }  # fmt: skip
-RATIOS = {  # Table 6: mIoU and oIoU
+RATIOS = {  # Table 6: mIoU and oIoU. By it 0.3 gains 0.53 and 0.55 on 0.1 and 0.8; Sec. 4.3.4 says 0.46 and 0.48
     0.1: (76.11, 74.82), 0.2: (76.08, 75.02), 0.3: (76.27, 75.35), 0.4: (76.24, 75.28), 0.5: (76.22, 75.14),
     0.6: (76.16, 75.12), 0.7: (76.08, 74.97), 0.8: (76.03, 74.80),
 }  # fmt: skip

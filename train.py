@@ -26,8 +26,7 @@ from transformers import BertTokenizer
 
 from data import InputError, RefDataset, command_line, input_errors, load_batches, make_tokenizer, read_dataset
 from evaluate import (
-    autocast, check_numbers, common_flags, evaluate, gather, model_inputs, rank, resolve_precision,
-    start_processes, world,
+    autocast, common_flags, evaluate, gather, model_inputs, rank, resolve_precision, start_processes, world,
 )  # fmt: skip
 from evaluate import main as evaluate_main
 from model import (
@@ -36,17 +35,13 @@ from model import (
 )  # fmt: skip
 from selection import RATIOS, VARIANTS
 
-# How a model is trained unless a flag says otherwise. BERT learns at bert_factor * lr, the learning rate rises over the
+# How a model is trained; flags set what has a flag. BERT learns at bert_factor * lr, the learning rate rises over the
 # first `warmup` of the steps, and a gradient whose norm exceeds max_norm is scaled down to it.
 RECIPES = {  # base's epochs, batch_size (ours: 16 on all GPUs together) and lr are of Sec. 4.1, all else is ours
     "tiny": dict(epochs=4, batch_size=8, lr=1e-3, bert_factor=0.05, warmup=0.05, beta2=0.98, max_norm=1.0, workers=0),
     "base": dict(epochs=40, batch_size=16, lr=3e-5, bert_factor=1.0, warmup=0.0, beta2=0.999, max_norm=inf, workers=4),
 }
-SETTABLE = {
-    "variant": str, "ratio": float, "image_size": int, "dropout": float, "drop_path": float, "contrastive": float,
-    "dice": float, "coordinates": {"true": True, "false": False}.__getitem__,
-}  # fmt: skip
-STOPPED = 75  # exit status after a signal, EX_TEMPFAIL of sysexits.h; --resume goes on
+SETTABLE = ("variant", "ratio", "image_size", "dropout", "drop_path", "contrastive", "dice", "coordinates")
 START_FLAGS = "dataset model init swin bert no_pretrained".split()  # fixed when a run starts
 FREE_FLAGS = "device data images workers out resume resume_anyway overrides".split()  # not compared on --resume
 
@@ -74,9 +69,9 @@ def main(argv: list[str] | None = None) -> dict:
     model.to(device)
     model.vision.swin.set_grad_checkpointing(args.gradient_checkpointing)
     config = model.config
-    settings = (args.data, args.images, tokenizer, config.max_tokens, config.image_size)
-    train = RefDataset(args.dataset, "train", *settings, training=True, seed=args.seed)
-    val = RefDataset(args.dataset, "val", *settings)
+    common = (args.data, args.images, tokenizer, config.max_tokens, config.image_size)
+    train = RefDataset(args.dataset, "train", *common, training=True, seed=args.seed)
+    val = RefDataset(args.dataset, "val", *common)
     steps_per_epoch = len(train) // args.batch_size
     if steps_per_epoch == 0:
         raise InputError(f"{len(train)} objects to train on are fewer than a batch of {args.batch_size}: lower it")
@@ -164,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict:
             if stopping:
                 launch = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
                 say(f"stopped after step {step} of {total}; go on with: {launch} train.py --resume --out {out}")
-                raise SystemExit(STOPPED)
+                raise SystemExit(75)  # EX_TEMPFAIL of sysexits.h; --resume goes on
     progress.bar.close()
 
     # the best checkpoint's scores on every split but the training one, and pictures of them
@@ -186,20 +181,19 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     """
     rows = [f"  {name:<22}{v.table:<5}{v.oIoU or '-':>5}  {v.row}" for name, v in VARIANTS.items()]
     rows += [f"  --ratio {ratio:<14}6    {oIoU:>5.2f}  pixels selected" for ratio, (_, oIoU) in RATIOS.items()]
-    variants = "\n".join(["variants and ratios, by the paper's table, with its oIoU on RefCOCO val:", *rows])
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=variants, formatter_class=as_written)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = "\n".join(["variants and ratios, by the paper's table, with its oIoU on RefCOCO val:", *rows])
     common_flags(parser, "shapes, generated here", "data", "bf16 on cards that have it, else fp32")
     # fmt: off
     flag = parser.add_argument_group("training").add_argument
     flag("--variant", type=lambda name: config_field(f"variant={name}"), dest="overrides", action="append",
          metavar="NAME", help="an ablation, listed below (default: vega)")
-    flag("--epochs", type=float, help="default: 40 for base, 4 for tiny")
+    flag("--epochs", type=float, help="one or more (default: 40 for base, 4 for tiny)")
     flag("--max-steps", type=int, metavar="STEPS", help="train for so many steps, not for --epochs")
     flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1e-3 for tiny)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16 for base, 8 for tiny)")
     flag("--micro-batch", type=int, metavar="N", help="each process takes its share of the batch N images at a time")
-    flag("--seed", type=int, default=0, help="of starting weights, order, choice of sentences, dropout; not of the shapes")
+    flag("--seed", type=int, default=0, help="of starting weights, order, sentences, dropout; not of the shapes")
     flag("--gradient-checkpointing", action="store_true", help="compute Swin's blocks again in backward: less memory")
     flag("--workers", type=int, help="processes that load images, for each GPU (default: 4 for base, 0 for tiny)")
     flag = parser.add_argument_group("the run").add_argument
@@ -214,7 +208,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     flag("--ratio", type=lambda ratio: config_field(f"ratio={ratio}"), dest="overrides", action="append",
          help="share of the pixels that each token selects (default: 0.3; Table 6)")
     flag("--set", type=config_field, dest="overrides", action="extend", nargs="+", metavar="NAME=VALUE",
-         help=f"any of VEGAConfig's fields {', '.join(SETTABLE)} (see model.py)")
+         help=f"one of these fields of VEGAConfig (see model.py): {', '.join(SETTABLE)}")
     flag("--init", metavar="CHECKPOINT", help="start from a trained model's weights, words and sizes")
     flag("--swin", metavar="SOURCE", help="weights: a file, or a model's name in timm (base: ImageNet-22K's)")
     flag("--bert", metavar="SOURCE", help="a folder, or a model's name in transformers (base: BERT-base uncased)")
@@ -225,7 +219,10 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     args.overrides = dict(args.overrides)
     args.resume = args.resume or args.resume_anyway
     counts = ("batch_size", "micro_batch", "epochs", "max_steps", "checkpoint_every", "validate_every", "log_every")
-    check_numbers(parser, args, at_least_1=counts, at_least_0=("lr", "seed", "workers"))
+    for name in (*counts, "lr", "seed", "workers"):
+        value, limit = getattr(args, name), int(name in counts)
+        if value is not None and not limit <= value < inf:
+            parser.error(f"--{name.replace('_', '-')} is {value}, but must be at least {limit}")
     return args
 
 
@@ -234,8 +231,9 @@ def config_field(text: str) -> tuple[str, int | float | bool]:
     name, _, value = text.partition("=")
     if name not in SETTABLE:
         raise argparse.ArgumentTypeError(f"there is no {name!r}; it must be one of {', '.join(SETTABLE)}")
+    kind = type(getattr(VEGAConfig, name))
     try:
-        return name, SETTABLE[name](value)
+        return name, {"true": True, "false": False}[value] if kind is bool else kind(value)
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"{name} can't be {value!r}") from None
 
@@ -268,9 +266,8 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, Path, dict | N
         if args.model or args.swin or args.bert:
             raise InputError("--init brings sizes and weights along: leave --model, --swin and --bert out")
         preset = read_checkpoint(args.init)["args"]["model"]
-    weights = {}
-    if preset == "base" and not args.init and not args.no_pretrained:
-        weights = {"swin": PRETRAINED_SWIN, "bert": PRETRAINED_BERT}
+    pretrained = preset == "base" and not args.init and not args.no_pretrained
+    weights = {"swin": PRETRAINED_SWIN, "bert": PRETRAINED_BERT} if pretrained else {}
     args = parse(argv, dataset=dataset, model=preset, **RECIPES[preset], **weights)
     name = f"{Path(dataset).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(args.out or f"runs/{name}")
@@ -307,8 +304,7 @@ def build(args: argparse.Namespace, resumed: dict | None) -> tuple[VEGA, BertTok
     if args.init:
         checkpoint = read_checkpoint(args.init)
         torch.manual_seed(args.seed)
-        added = add_words(checkpoint, expressions)
-        if added:
+        if added := add_words(checkpoint, expressions):
             say(f"{added} words of the training expressions are new to {args.init}: they start at random")
         return restore(checkpoint, torch.device("cpu"), **args.overrides)
     preset = getattr(VEGAConfig, args.model)
@@ -322,9 +318,8 @@ def build(args: argparse.Namespace, resumed: dict | None) -> tuple[VEGA, BertTok
     torch.manual_seed(args.seed)
     model = VEGA(config)
     if args.bert:
-        weights = bert.state_dict()
-        model.bert.load_state_dict(weights)
-        say(f"BERT: {len(weights)} tensors from {args.bert}; left out, for VEGA has none: pooler")
+        model.bert.load_state_dict(bert.state_dict())
+        say(f"BERT: {len(bert.state_dict())} tensors from {args.bert}; left out, for VEGA has none: pooler")
     if args.swin:
         say(load_swin(model.vision.swin, args.swin, config.window_size))
     return model, tokenizer
@@ -334,14 +329,12 @@ def make_optimizer(model: VEGA, args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW, with a "factor" of the learning rate in each group. Ours: betas, and a weight decay of 0.01, but none for
     what has fewer than two dimensions (log_tau too) and for Swin's relative position tables.
     """
-    groups = {(factor, no_decay): [] for factor in (args.bert_factor, 1.0) for no_decay in (False, True)}
+    groups = {(factor, decay): [] for factor in (args.bert_factor, 1.0) for decay in (0.01, 0.0)}
     for name, parameter in model.named_parameters():
-        no_decay = parameter.dim() < 2 or name.endswith("relative_position_bias_table")
-        groups[args.bert_factor if name.startswith("bert.") else 1.0, no_decay].append(parameter)
-    return torch.optim.AdamW(
-        [{"params": group, "factor": factor, "weight_decay": 0.0 if no_decay else 0.01}
-         for (factor, no_decay), group in groups.items()], args.lr, betas=(0.9, args.beta2), fused=True,
-    )  # fmt: skip
+        decay = 0.0 if parameter.dim() < 2 or name.endswith("relative_position_bias_table") else 0.01
+        groups[args.bert_factor if name.startswith("bert.") else 1.0, decay].append(parameter)
+    groups = [{"params": group, "factor": factor, "weight_decay": decay} for (factor, decay), group in groups.items()]
+    return torch.optim.AdamW(groups, args.lr, betas=(0.9, args.beta2), fused=True)
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
@@ -359,10 +352,8 @@ def write_log(out: Path, line: dict) -> None:
     if rank():
         return
     out.mkdir(parents=True, exist_ok=True)  # not before: a run that never began leaves nothing
-    with (
-        input_errors(f"can't write {out / 'log.jsonl'}; make room, then --resume"),
-        open(out / "log.jsonl", "a") as log,
-    ):
+    path = out / "log.jsonl"
+    with input_errors(f"can't write {path}; make room, then --resume"), open(path, "a") as log:
         log.write(json.dumps(line) + "\n")
 
 
@@ -391,7 +382,7 @@ class Progress:
         self.total, self.done = total, done
         self.sums, self.logged_step = sums, logged_step  # the losses' sums since the step that was last logged
         self.recent = []  # step, samples and loss of each micro-batch since the last `check`
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=True if rank() else None)
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=bool(rank()) or None)
         self.began, self.said_at = time.perf_counter(), 0.0
 
     def add(self, step: int, index: torch.Tensor, losses: dict[str, torch.Tensor], micro_batches: int) -> None:
