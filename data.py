@@ -38,7 +38,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def input_errors(told: str):
-    """Whatever goes wrong in this block is a wrong input: an InputError that says `told` and the error's first line."""
+    """Any error in this block becomes an InputError that says `told` and the error's first line."""
     try:
         yield
     except InputError:
@@ -77,7 +77,7 @@ DATASETS = {  # name -> its refs file under --data, beside instances.json, and s
     "refcocog-google": ("refcocog/refs(google).p", {"train": (44822, 24698), "val": (5000, 4650)}),
 }  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
-REACH = 1_000_000  # the longest outline of a polygon, in pixels from the origin round and back: memory is finite
+REACH = 1_000_000  # a polygon's longest outline in pixels, from the origin and back; it bounds the memory
 
 
 # Reading: pickles, masks, images
@@ -381,9 +381,9 @@ class RefDataset(torch.utils.data.Dataset):
         return self.objects[self.owners[index]]
 
     def image(self, index: int) -> Image.Image:
-        """The image of sentence `index`, RGB at its own size. Raises InputError if instances.json gives another shape.
+        """The image of sentence `index`, RGB at its own size, which may be another than that in instances.json.
 
-        It may be scaled: height / width must agree to 10 %.
+        Raises InputError if height / width differs by more than 10 %.
         """
         item = self.object(index)
         file = self.folder / item.file_name
@@ -428,7 +428,7 @@ GREEN, RED, WHITE = (40, 220, 90), (255, 60, 60), (255, 255, 255)
 
 
 def overlay(image: Image.Image, mask: np.ndarray | torch.Tensor, color: tuple[int, int, int]) -> Image.Image:
-    """The image, dimmed outside the mask (bool [h, w], resized to the image), which is outlined in the colour."""
+    """The image, dimmed outside the mask (bool [h, w], resized to the image); the mask is outlined in the colour."""
     mask = Image.fromarray(np.asarray(mask)).convert("L").resize(image.size, Image.Resampling.NEAREST)
     shown = Image.composite(image, image.point(lambda value: 0.4 * value), mask)
     shown.paste(color, mask=ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(3))))

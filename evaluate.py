@@ -90,7 +90,7 @@ def autocast(device: torch.device, precision: str):
 
 
 def resolve_precision(precision: str | None, device: torch.device) -> str:
-    """What was asked for. Ours: else bf16 on cards that have it (older ones only emulate it), and fp32 elsewhere."""
+    """The one asked for. If none (ours): bf16 on cards that have it (older ones emulate it), else fp32."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and device.type == "cpu" and rank() == 0:
         if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
@@ -99,7 +99,7 @@ def resolve_precision(precision: str | None, device: torch.device) -> str:
 
 
 def gather(value) -> list:
-    """The value of each process, by rank; every process asks at the same time."""
+    """The value of each process, by rank. Every process must call it together."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
@@ -188,7 +188,7 @@ def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
 
     "token cosine": the mean cosine between two of its tokens after BERT; at 1 they are one vector, repeated.
     "pixels shared with CLS": of the pixels that a word selects, the per cent that [CLS] selects too, averaged over
-        the words ([SEP] is none). Left out of a variant whose words, or whose [CLS], do not select.
+        the words ([SEP] does not count). Left out of a variant whose words, or whose [CLS], do not select.
     """
     real = attention_mask.to(output["tokens"].device, torch.float32)  # [B, T]
     count = real.sum(1)  # [CLS] and [SEP] at least
@@ -205,8 +205,8 @@ def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
 def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     """Every mask gets the sentence of another image, by a permutation without fixed points.
 
-    The images are put in random order, their sentences side by side, and every sentence moves on by as many
-    places as the image with the most has, which leads out of its own image.
+    Images are put in random order, each image's sentences side by side. Each sentence then moves on by the largest
+    number of sentences of an image: out of its own image.
     """
     rng = np.random.default_rng(seed)
     images = itertools.groupby(range(len(dataset)), lambda index: dataset.object(index).image_id)
@@ -263,8 +263,8 @@ def pictures(
     words-NAME.png        the pixels that each token selected (the paper's Figure 3), in the sample whose words share
                           fewest with [CLS], and its features in the plane (Figure 5)
     expressions-NAME.png  the image in the middle under each expression of its objects (Figures 7 and 9: of one object)
-    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4). Not of a
-                          variant that does not select; without top-k the rows are the same
+    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4). Only
+                          of variants that select; without top-k the rows are the same
     """
 
     def look(index: int) -> tuple[str, list]:

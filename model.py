@@ -75,7 +75,7 @@ class VEGAConfig:
             raise InputError(f"there is no variant {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
         if not set(self.bert) <= set(BERT_FIELDS):
             raise InputError(f"BERT's config must name nothing but {', '.join(BERT_FIELDS)}")
-        if self.bert.get("hidden_size", 768) % self.attention_heads:
+        if self.bert["hidden_size"] % self.attention_heads:
             raise InputError(f"BERT's channels must be a multiple of the {self.attention_heads} attention heads")
         if not 0 < self.ratio <= 1:
             raise InputError(f"the ratio of selected pixels is {self.ratio}, but must lie in (0, 1]")
@@ -104,8 +104,8 @@ class EarlyFusion(nn.Module):
             )
 
     def forward(self, x: Tensor, tokens: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, C], tokens [B, T, D], mask_l [B, T] -> [B, N, C] both: `fused` is for the decoder, and x with
-        `fused` added through the gate is for the next stage (None after the last)."""
+        """x [B, N, C], tokens [B, T, D], mask_l [B, T] -> [B, N, C] twice: `fused` for the decoder, and x plus
+        gated `fused` for the next stage (None after the last)."""
         # F.instance_norm: each channel of each sample to mean 0 and variance 1 over the pixels
         query = F.instance_norm(self.query(x).mT).mT  # [B, N, C]
         bias = padding_bias(mask_l).to(query.dtype)  # [B, 1, T]
@@ -133,8 +133,8 @@ class PadThenShiftBlock(SwinTransformerBlock):
 def start_from_scratch(swin: SwinTransformer) -> None:
     """Ours: with these starting weights Swin learns shapes sooner than with timm's; pretrained ones take their place.
 
-    The linear layers start as wide as Xavier says: timm's 0.02 is for wide layers. And each head of the attention
-    starts by looking around a random place near the pixel (a Gaussian): timm's look at the whole window alike.
+    Linear layers start Xavier-uniform; timm's 0.02 suits wider layers. Each attention head starts by looking at a
+    random place near the pixel (a Gaussian); timm's heads look at the whole window alike.
     """
     for module in swin.modules():
         if isinstance(module, nn.Linear):
@@ -215,8 +215,8 @@ class Decoder(nn.Module):
         x = self.attentions[0](self.project(last).flatten(1, 2), G, bias).unflatten(1, last.shape[1:3])
         joins = zip(reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:])
         for skip, project_x, project_skip, convolution, attention in joins:
-            # A linear layer on the concatenation of x and skip is one on x plus one on skip. That on x comes before the
-            # upsampling: the same result, on a quarter of the pixels.
+            # A linear layer on the concatenation of x and skip equals one on x plus one on skip. The one on x runs
+            # before the upsampling: the same result, on a quarter of the pixels.
             x = F.interpolate(project_x(x).permute(0, 3, 1, 2), skip.shape[1:3], mode="bilinear")
             x = convolution(x + project_skip(skip).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H_i, W_i, width]
             x = attention(x.flatten(1, 2), G, bias).unflatten(1, skip.shape[1:3])
@@ -243,7 +243,7 @@ class VEGA(nn.Module):
         self.enhance = AttentionLayer(D, heads, dropout=dropout) if variant.enhanced else None
         self.vis = variant.block(D, heads, config.ratio, dropout)
         self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU)) if variant.contrastive else None
-        if hasattr(self.vis, "log_tau"):
+        if hasattr(self.vis, "log_tau") and variant.contrastive:
             self.vis.log_tau = self.log_tau  # one temperature
         self.decoder = Decoder(self.vision.dims, D, config.decoder_width, heads)
 
@@ -276,7 +276,10 @@ class VEGA(nn.Module):
         return {"logits": logits, "tokens": tokens, "F_v": F_v, "selection": selection, "similarity": similarity}
 
     def loss(self, output: dict, mask: Tensor) -> dict:
-        """output of `forward`, mask [B, H, W] 1 on the target -> scalars: "loss" and its terms, "bce" and others."""
+        """output of `forward`, mask [B, H, W] 1 on the target -> scalars: "loss" and its terms, "bce" and others.
+
+        A term on tokens finds padding in output["selection"].mask_G[:, :T].
+        """
         logits, mask = output["logits"], mask.float()
         losses = {"bce": F.binary_cross_entropy_with_logits(logits, mask)}
         if self.log_tau is not None:
@@ -366,7 +369,7 @@ def newest_run(file: str) -> Path:
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write beside, flush to the disk, then rename: a kill or a full disk leaves the previous file whole."""
+    """Write another file, flush it, rename it: a kill or a full disk leaves the previous file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:

@@ -85,13 +85,13 @@ class VISBlock(nn.Module):
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         """Select pixels for each token, and make the guidance set of them.
 
-        The choice of the pixels gives S no gradient. S gets one from Eq. 5, in the row of [CLS], and a weak one through
-        S_norm, in the rows of real tokens. proj_v and proj_l learn through S alone.
+        Choosing pixels gives S no gradient. Eq. 5 gives one to the row of [CLS]. S_norm gives a weak one to the rows of
+        real tokens. proj_v and proj_l learn through S alone.
 
         Args:
             F_v: [B, N, D] vision features.
-            Q_l: [B, T, D] linguistic features. Algorithm 1 takes them from the language encoder. VEGA's have looked at
-                F_v before ("enhanced"): the last row of Table 2 says so, Sec. 3 does not.
+            Q_l: [B, T, D] linguistic features. Algorithm 1 takes them from the language encoder. VEGA's have attended
+                to F_v before ("enhanced", Table 2, last row); Sec. 3 has no such step.
             mask_l: [B, T] 1 for real tokens, 0 for padding. [SEP] and padding select pixels like any word. Padding does
                 no harm: the self-attention and the decoder never look at it.
         """
@@ -143,9 +143,9 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
     """Eq. 5, in fp32. Ours: s is enlarged to the mask's size, and the mean is taken over all pixels, of Z+ and of Z-.
 
     Args:
-        s: [B, h, w] the row of [CLS] in S, as a map. The paper: "for the global visual token v_1"; ours: that is the
-            row by which v_1 selects its pixels, not the similarities of v_1 itself.
-        target: [B, H, W] its mask, 1 (or True) in Z+ and 0 in Z-.
+        s: [B, h, w] the row of [CLS] in S, as a map. The paper: "for the global visual token v_1"; ours: the
+            similarities that choose v_1's pixels, not those of v_1 itself.
+        target: [B, H, W] the ground-truth masks, 1 (or True) in Z+ and 0 in Z-.
         tau: temperature, positive.
     """
     logits = F.interpolate((s.float() / tau)[:, None], target.shape[-2:], mode="bilinear")[:, 0]  # [B, H, W]
@@ -154,15 +154,15 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
 
 
 class Stepwise(nn.Module):
-    """Algorithm 1 once more, a method a step, for the ablations. Unchanged, it returns what VISBlock returns,
+    """Algorithm 1 again, one method per step, for the ablations. Unchanged, it returns what VISBlock returns,
     on a CPU bit for bit.
 
     An ablation overrides a step, or `forward` if the steps do not fit. To put a function in a layer's place, leave the
-    layer's name out of `layers` and define a method of that name, as GlobalOnly does. Who changes a step of the method
-    itself changes it here and in VISBlock: else the ablations differ from `vega` in more than their row.
+    layer's name out of `layers` and define a method of that name, as GlobalOnly does. To change a step of the method
+    itself, change it here and in VISBlock. Else the ablations differ from `vega` in more than their row.
     """
 
-    layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # that __init__ makes
+    layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # made by __init__
     selecting = slice(None)  # the tokens that select: all
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
@@ -260,7 +260,7 @@ class NoCues(Stepwise):
 
 
 class LocalOnly(Stepwise):
-    """Table 3b, row 2: all tokens but [CLS] select; its rows of S and M are zero. G is [B, 2T - 1, D].
+    """Table 3b, row 2: all tokens but [CLS] select. [CLS]'s row is zero in S and in M. G is [B, 2T - 1, D].
 
     Without Eq. 5, which needs [CLS], little teaches the words what to select.
     """
@@ -287,7 +287,7 @@ class GlobalOnly(Stepwise):
 
 
 class SigmoidThreshold(Stepwise):
-    """Table 4a, row 1: a pixel is selected where the sigmoid of its similarity exceeds 0.5, so the cosine 0. No ratio.
+    """Table 4a, row 1: a pixel is selected if sigmoid(similarity) > 0.5, so if the cosine is above 0. No ratio.
 
     Ours: of S itself, not of S / tau; the mean divides by the number of pixels selected. If a token selects none, its E
     is zero and it attends to all pixels.
@@ -342,7 +342,7 @@ class Sharp(Stepwise):
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__(dim, num_heads, ratio, dropout)
-        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))  # VEGA.__init__ puts Eq. 5's in its place
+        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))  # VEGA.__init__ replaces it by Eq. 5's
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
         return super().normalise(S / self.log_tau.exp(), M_hat)
@@ -386,7 +386,7 @@ VARIANTS = {
     "sharp": Variant("ours", "softmax over S / tau, with the tau of Eq. 5", None, None, Sharp),
     "sum-once-sharp": Variant("ours", "both", None, None, SumOnceSharp),
 }  # fmt: skip
-RATIOS = {  # Table 6: mIoU and oIoU. By it 0.3 gains 0.53 and 0.55 on 0.1 and 0.8; Sec. 4.3.4 says 0.46 and 0.48
+RATIOS = {  # Table 6: mIoU and oIoU. oIoU: 0.3 is 0.53 above 0.1, 0.55 above 0.8; Sec. 4.3.4 says 0.46, 0.48
     0.1: (76.11, 74.82), 0.2: (76.08, 75.02), 0.3: (76.27, 75.35), 0.4: (76.24, 75.28), 0.5: (76.22, 75.14),
     0.6: (76.16, 75.12), 0.7: (76.08, 74.97), 0.8: (76.03, 74.80),
 }  # fmt: skip

@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> dict:
     if rank() == 0:
         gather(None)
     model.to(device)
-    model.vision.swin.set_grad_checkpointing(args.gradient_checkpointing)
+    if args.gradient_checkpointing:
+        model.vision.swin.set_grad_checkpointing()
     config = model.config
     common = (args.data, args.images, tokenizer, config.max_tokens, config.image_size)
     train = RefDataset(args.dataset, "train", *common, training=True, seed=args.seed)
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict:
                 losses = model.loss(output, part["mask"].to(device, non_blocking=True))
                 (losses["loss"] / micro_batches).backward()
                 progress.add(step, part["index"], losses, micro_batches)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)  # before it is clipped
             optimizer.step()
             progress.update(step)
 
@@ -142,7 +143,13 @@ def main(argv: list[str] | None = None) -> dict:
                 progress.average()
                 progress.check(model, train, out / "last.pt")
             if logging:
-                line = {"step": step, "epoch": step / steps_per_epoch, **progress.line(step), "lr": lr}
+                line = {
+                    "step": step,
+                    "epoch": step / steps_per_epoch,
+                    **progress.line(step),
+                    "gradient norm": norm.item(),
+                    "lr": lr,
+                }
                 if model.log_tau is not None:
                     line["tau"] = model.log_tau.exp().item()
                 write_log(out, line)
@@ -279,17 +286,17 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, Path, dict | N
 # The batches, the model and its optimiser
 
 
-def training_batches(objects: int, batch_size: int, done: int, total: int, seed: int, rank: int = 0, world: int = 1):
-    """For every step after `done` a process's share of the global batch, a list of (epoch, object).
+def training_batches(objects: int, batch_size: int, done: int, total: int, seed: int, part: int = 0, parts: int = 1):
+    """For every step after `done` one of `parts` equal parts of the global batch, a list of (epoch, object).
 
     The order of each epoch is drawn from (seed, epoch). Ours: what does not fill a last batch is left out.
     """
-    size = batch_size // world
+    size = batch_size // parts
     for step in range(done, total):
         epoch, batch = divmod(step, objects // batch_size)
         if batch == 0 or step == done:
             order = np.random.default_rng((seed, epoch)).permutation(objects)
-        first = batch * batch_size + rank * size
+        first = batch * batch_size + part * size
         yield [(epoch, int(number)) for number in order[first : first + size]]
 
 
@@ -338,7 +345,7 @@ def make_optimizer(model: VEGA, args: argparse.Namespace) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
-    """Of a step from 1 to total: polynomial decay (Sec. 4.1). Ours: power 0.9; a rise over the first args.warmup."""
+    """Of a step from 1 to total: polynomial decay (Sec. 4.1). Ours: power 0.9, warm-up over the share args.warmup."""
     warmup = args.warmup * total
     if step < warmup + 1:
         return args.lr * step / (warmup + 1)
@@ -369,7 +376,7 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def say(text: str) -> None:
-    """Rank 0 prints it, clear of the bar."""
+    """Print above the bar, on rank 0."""
     if rank() == 0:
         tqdm.write(text)
         sys.stdout.flush()
@@ -392,7 +399,7 @@ class Progress:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach() / micro_batches
 
     def update(self, step: int) -> None:
-        """A step is done. Where there is no bar, say now and then how long the others will take."""
+        """A step is done. Without a bar, say now and then how many minutes are left."""
         self.bar.update()
         seconds = time.perf_counter() - self.began
         if self.bar.disable and seconds - self.said_at >= min(600, max(20, seconds / 10)):
@@ -443,7 +450,7 @@ def noted_signals():
 
     def note(number, frame):
         received.append(number)
-        if number == signal.SIGINT:  # not so SIGTERM: schedulers and torchrun may both send it
+        if number == signal.SIGINT:  # SIGTERM may come twice: from a scheduler and from torchrun
             signal.signal(number, before[number])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
