@@ -1124,7 +1124,7 @@ def test_a_run_is_overwritten_only_if_it_saved_nothing(left, train_here, tmp_pat
 
 def test_resume_with_other_settings_must_be_wanted(train_here, tmp_path, capsys):
     out = tmp_path / "run"
-    train_here("--max-steps", 1)
+    train_here("--max-steps", 1, "--device", "cpu")
     others = ["--lr", "1e-5", "--max-steps", "3", "--set", "dice=0.5"]
     with pytest.raises(SystemExit) as refused:
         train.main(["--resume", "--out", str(out), *others])
@@ -1137,7 +1137,8 @@ def test_resume_with_other_settings_must_be_wanted(train_here, tmp_path, capsys)
             train.main([*anyway, *flags])
     train.main([*anyway, *others, "--batch-size", "6"])
     assert "on shapes: 48 objects, 3 steps of 6" in capsys.readouterr().out  # --data is the run's
-    assert read_checkpoint(out / "last.pt")["config"]["dice"] == 0.5
+    checkpoint = read_checkpoint(out / "last.pt")
+    assert (checkpoint["config"]["dice"], checkpoint["args"]["device"]) == (0.5, "cpu")
     with pytest.raises(SystemExit, match="has done 3 steps already, more than the 2"):
         train.main([*anyway, "--max-steps", "2"])
     train.main([*anyway, "--epochs", "1", "--batch-size", "4"])
@@ -1470,10 +1471,10 @@ def test_evaluation_counts_the_same_in_any_number_of_processes(best, small, tmp_
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_checkpoint_carries_its_variant(name, train_here, small, tmp_path):
+def test_a_checkpoint_carries_its_variant_and_its_data(name, train_here, tmp_path):
     scores = train_here("--variant", name, "--max-steps", 2)
     out = tmp_path / "run"
-    assert evaluate.main(["--checkpoint", str(out / "best.pt"), "--data", str(small)])["val"] == scores["val"]
+    assert evaluate.main(["--checkpoint", str(out / "best.pt")])["val"] == scores["val"]
     model, _ = restore(read_checkpoint(out / "last.pt"), torch.device("cpu"))
     assert model.config.variant == name and type(model.vis) is VARIANTS[name].block
     assert ("contrastive" in log_of(out)[0]) == ("tau" in log_of(out)[0]) == VARIANTS[name].contrastive
