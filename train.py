@@ -143,13 +143,8 @@ def main(argv: list[str] | None = None) -> dict:
                 progress.average()
                 progress.check(model, train, out / "last.pt")
             if logging:
-                line = {
-                    "step": step,
-                    "epoch": step / steps_per_epoch,
-                    **progress.line(step),
-                    "gradient norm": norm.item(),
-                    "lr": lr,
-                }
+                line = {"step": step, "epoch": step / steps_per_epoch, **progress.line(step)}
+                line |= {"gradient norm": norm.item(), "lr": lr}
                 if model.log_tau is not None:
                     line["tau"] = model.log_tau.exp().item()
                 write_log(out, line)
