@@ -61,7 +61,7 @@ def world() -> int:
 def pick_device(device: str | None) -> torch.device:
     """The device of that name, or CUDA if there is one; under torchrun each process has a GPU of its own.
 
-    A GPU becomes the current one, so that nothing lands on GPU 0 by default. Raises InputError if there is no such.
+    A GPU becomes the current one, so that nothing lands on GPU 0. Raises InputError if there is no such device.
     """
     with input_errors(f"--device {device or 'cuda'} can't be used here; try --device cpu"):
         picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -90,7 +90,7 @@ def autocast(device: torch.device, precision: str):
 
 
 def resolve_precision(precision: str | None, device: torch.device) -> str:
-    """The one asked for. If none (ours): bf16 on cards that have it (older ones emulate it), else fp32."""
+    """The one asked for. If none (ours): bf16 on cards with bf16 in hardware, else fp32."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and device.type == "cpu" and rank() == 0:
         if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
@@ -205,8 +205,8 @@ def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
 def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     """Every mask gets the sentence of another image, by a permutation without fixed points.
 
-    Images are put in random order, each image's sentences side by side. Each sentence then moves on by the largest
-    number of sentences of an image: out of its own image.
+    Images are put in random order, each image's sentences side by side. Then all move on by as
+    many places as the largest image has sentences, so that each lands in another image.
     """
     rng = np.random.default_rng(seed)
     images = itertools.groupby(range(len(dataset)), lambda index: dataset.object(index).image_id)
@@ -228,7 +228,7 @@ def evaluate(
 ) -> Metrics:  # fmt: skip
     """Count every sentence of every object once, in the same batches for any number of processes.
 
-    resolution: "input" compares at the model's input size with the mask resized to it by nearest (LAVT's protocol);
+    resolution: "input" compares at the model's input size with the mask resized to it by nearest neighbour (LAVT);
     "original" at the size that instances.json gives the image, with the logits resized to it.
     """
     model.eval()
@@ -263,12 +263,12 @@ def pictures(
     words-NAME.png        the pixels that each token selected (the paper's Figure 3), in the sample whose words share
                           fewest with [CLS], and its features in the plane (Figure 5)
     expressions-NAME.png  the image in the middle under each expression of its objects (Figures 7 and 9: of one object)
-    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4). Only
-                          of variants that select; without top-k the rows are the same
+    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4). Not
+                          written if no token selects; without top-k the rows are the same
     """
 
     def look(index: int) -> tuple[str, list]:
-        """A sample's title and tiles: five as in the first sheet, then one for each token after [CLS]."""
+        """A sample's title and tiles: those of the first sheet, one for each token after [CLS], the plane."""
         item, image = dataset[index], dataset.image(index)
         output = model(*model_inputs(default_collate([item]), device))
         truth = overlay(image, item["mask"], GREEN)
@@ -354,10 +354,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
     flag("--resolution", choices=("input", "original"), default="input",
          help="compare masks at the model's input size (as LAVT) or at the image's own")
-    flag("--json", metavar="FILE", help="also write the scores there, split -> scores in per cent")
+    flag("--json", metavar="FILE", help="write the scores of each split to this file, too")
     flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU and its counts")
     flag("--pictures", type=int, default=0, metavar="N",
-         help="draw N samples of each split beside the checkpoint, and in others what each word selects, and more")
+         help="draw N samples of each split, what each word selects, and more, beside the checkpoint")
     flag("--shuffle-expressions", action="store_true", help="give each sample the expression of another image")
     flag("--image", nargs="+", metavar="FILE", help="segment these photographs, or a folder's, instead of a dataset")
     flag("--expression", nargs="+", metavar="TEXT", help="what to segment in them, one or more")
@@ -386,7 +386,7 @@ def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
         inside = sorted(path for path in given.glob("[!.]*") if path.suffix.lower() in Image.registered_extensions())
         files += inside or [given]
     if len({file.name for file in files}) < len(files) or folder.resolve() in [file.parent.resolve() for file in files]:
-        raise InputError(f"no two photographs may have one name, and none may lie in {folder}, where the masks go")
+        raise InputError(f"two photographs have the same name, or one lies in {folder}, where the masks go")
 
     segment = Segmenter(checkpoint, args.device, args.precision or "fp32")
     for expression in args.expression:

@@ -321,7 +321,7 @@ def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
     weights = checkpoint_filter_fn(weights, swin)  # Microsoft's names to timm's; stored masks and indices dropped
     weights = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
     load_weights(swin, weights, source)
-    return f"Swin: {len(weights)} tensors from {source}; left out, for VEGA has none: norm and head"
+    return f"Swin: {len(weights)} tensors from {source}; VEGA has no norm and head of Swin's"
 
 
 def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:

@@ -1573,7 +1573,7 @@ WRONG_INPUTS = [
     (evaluate, ["--image", "absent.jpg"], "--image and --expression go together"),
     (evaluate, ["--image", str(HERE / "README.md"), "--expression", "red"], "can't be read as an image"),
     (evaluate, ["--image", str(HERE / "assets/shapes.png"), "--expression", " "], "expression is empty"),
-    (evaluate, ["--image", "a.jpg", "b/a.jpg", "--expression", "red"], "no two photographs may have one name"),
+    (evaluate, ["--image", "a.jpg", "b/a.jpg", "--expression", "red"], "two photographs have the same name"),
     (evaluate, ["--image", "a.jpg", "--expression", "red", "--split", "val"], "--split does nothing with --image"),
 ]
 

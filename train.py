@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
     per_process = args.batch_size // world()  # images of a step
     micro_batch = min(args.micro_batch or per_process, per_process)
     if args.batch_size % world() or per_process % micro_batch:
-        shares = f"{world()} process(es) with {args.micro_batch or 'all'} images at a time"
+        shares = f"{world()} process(es) with {args.micro_batch or 'all its'} images at a time"
         raise InputError(f"--batch-size {args.batch_size} does not divide among {shares}")
     micro_batches = per_process // micro_batch  # of a step
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
     val = RefDataset(args.dataset, "val", *common)
     steps_per_epoch = len(train) // args.batch_size
     if steps_per_epoch == 0:
-        raise InputError(f"{len(train)} objects to train on are fewer than a batch of {args.batch_size}: lower it")
+        raise InputError(f"only {len(train)} objects to train on: lower --batch-size, which is {args.batch_size}")
     total = args.max_steps or round(args.epochs * steps_per_epoch)
     validate_every = args.validate_every or steps_per_epoch
     checkpoint_every = args.checkpoint_every or total
@@ -184,24 +184,24 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     rows = [f"  {name:<22}{v.table:<5}{v.oIoU or '-':>5}  {v.row}" for name, v in VARIANTS.items()]
     rows += [f"  --ratio {ratio:<14}6    {oIoU:>5.2f}  pixels selected" for ratio, (_, oIoU) in RATIOS.items()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.epilog = "\n".join(["variants and ratios, by the paper's table, with its oIoU on RefCOCO val:", *rows])
+    parser.epilog = "\n".join(["ablations: name, the paper's table, its oIoU on RefCOCO val, its row:", *rows])
     common_flags(parser, "shapes, generated here", "data", "bf16 on cards that have it, else fp32")
     # fmt: off
     flag = parser.add_argument_group("training").add_argument
     flag("--variant", type=lambda name: config_field(f"variant={name}"), dest="overrides", action="append",
          metavar="NAME", help="an ablation, listed below (default: vega)")
-    flag("--epochs", type=float, help="one or more (default: 40 for base, 4 for tiny)")
-    flag("--max-steps", type=int, metavar="STEPS", help="train for so many steps, not for --epochs")
-    flag("--lr", type=float, help="initial learning rate (default: 3e-5 for base, 1e-3 for tiny)")
+    flag("--epochs", type=float, help="at least 1, also 1.5 (default: 40 for base, 4 for tiny)")
+    flag("--max-steps", type=int, metavar="STEPS", help="train for this many steps; --epochs is ignored")
+    flag("--lr", type=float, help="the highest learning rate (default: 3e-5 for base, 1e-3 for tiny)")
     flag("--batch-size", type=int, help="images per step, over all processes (default: 16 for base, 8 for tiny)")
     flag("--micro-batch", type=int, metavar="N", help="each process takes its share of the batch N images at a time")
-    flag("--seed", type=int, default=0, help="of starting weights, order, sentences, dropout; not of the shapes")
+    flag("--seed", type=int, default=0, help="of starting weights, order, sentences, dropout; the shapes stay the same")
     flag("--gradient-checkpointing", action="store_true", help="compute Swin's blocks again in backward: less memory")
     flag("--workers", type=int, help="processes that load images, for each GPU (default: 4 for base, 0 for tiny)")
     flag = parser.add_argument_group("the run").add_argument
     flag("--out", metavar="DIR", help="default: runs/DATASET-TIME")
     flag("--resume", action="store_true", help="go on from last.pt of --out, or of the newest run")
-    flag("--resume-anyway", action="store_true", help="... also with other flags than it was started with")
+    flag("--resume-anyway", action="store_true", help="as --resume, with flags that differ from the run's")
     flag("--validate-every", type=int, metavar="STEPS", help="default: every epoch")
     flag("--checkpoint-every", type=int, metavar="STEPS", help="write last.pt also between validations")
     flag("--log-every", type=int, default=10, metavar="STEPS", help="default: 10")
@@ -282,7 +282,7 @@ def open_run(argv: list[str] | None) -> tuple[argparse.Namespace, Path, dict | N
 
 
 def training_batches(objects: int, batch_size: int, done: int, total: int, seed: int, part: int = 0, parts: int = 1):
-    """For every step after `done` one of `parts` equal parts of the global batch, a list of (epoch, object).
+    """Yield each batch after step `done`, as a list of (epoch, object): of `parts` equal shares that of number `part`.
 
     The order of each epoch is drawn from (seed, epoch). Ours: what does not fill a last batch is left out.
     """
@@ -321,7 +321,7 @@ def build(args: argparse.Namespace, resumed: dict | None) -> tuple[VEGA, BertTok
     model = VEGA(config)
     if args.bert:
         model.bert.load_state_dict(bert.state_dict())
-        say(f"BERT: {len(bert.state_dict())} tensors from {args.bert}; left out, for VEGA has none: pooler")
+        say(f"BERT: {len(bert.state_dict())} tensors from {args.bert}; VEGA has no pooler")
     if args.swin:
         say(load_swin(model.vision.swin, args.swin, config.window_size))
     return model, tokenizer
@@ -403,7 +403,7 @@ class Progress:
             say(f"step {step} of {self.total}: loss {self.recent[-1][2]:.3f}, {left:.0f} minutes left")
 
     def line(self, step: int) -> dict:
-        """The mean losses since the last line of the log, and the seconds since this process began."""
+        """The mean losses since the last line of the log, and the seconds since this process began to train."""
         line = {name: value.item() / (step - self.logged_step) for name, value in self.sums.items()}
         self.bar.set_postfix(loss=f"{line['loss']:.3f}")
         self.sums, self.logged_step = {}, step
@@ -427,7 +427,7 @@ class Progress:
             return
         mine = [(step, index.tolist()) for step, index, loss in recent if not loss.isfinite()]
         wrong = sorted(sum(gather(mine), []))
-        told = f"the weights are not finite after step {recent[-1][0]}, though its loss is"
+        told = f"the weights are not finite after step {recent[-1][0]}, though the step's loss is"
         if wrong:
             first = [train.ids(number) for step, numbers in wrong if step == wrong[0][0] for number in numbers]
             named = ", ".join("{ref_id}/{sent_id}".format(**ids) for ids in first)
