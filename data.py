@@ -1,4 +1,4 @@
-"""Data in the REFER format: refs, instances.json and images, of RefCOCO's family, the generated shapes or one's own.
+"""Datasets in the format of RefCOCO's tool REFER: images, instances.json and refs, which are objects with sentences.
 
     python data.py --check refcoco [--all]      what of a dataset is on disk, and whether it is whole
 
@@ -77,7 +77,7 @@ DATASETS = {  # name -> its refs file under --data, beside instances.json, and s
     "refcocog-google": ("refcocog/refs(google).p", {"train": (44822, 24698), "val": (5000, 4650)}),
 }  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
-REACH = 1_000_000  # a polygon's longest outline in pixels, from the origin and back; it bounds the memory
+REACH = 1_000_000  # pixels that a polygon's outline, walked from (0, 0) and back, may measure; it limits memory
 
 
 # Reading: pickles, masks, images
@@ -102,7 +102,7 @@ def read_refs(path: Path) -> list[dict]:
         else:
             refs = PlainUnpickler(io.BytesIO(content), encoding="utf-8", errors="as latin-1").load()
         if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
-            raise TypeError("not a list of dicts")
+            raise ValueError("not a list of dicts")
         values = [refs]  # all that it holds: a pickle that repeats a list by reference can unfold without end
         for value in values:
             if isinstance(value, dict):
@@ -137,7 +137,7 @@ def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> 
     points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
     length = np.abs(np.diff(points, axis=0, prepend=0, append=0)).max(axis=1).sum()  # from the origin round and back
     if not length <= REACH:
-        raise ValueError(f"a polygon is {length:.0f} pixels long or away, but must be at most {REACH}")
+        raise ValueError(f"a polygon's outline, from (0, 0) and back, is {length:.0f} pixels long: at most {REACH}")
     start = (5 * points + 0.5).astype(np.int64)  # [P, 2]
     along = np.roll(start, -1, axis=0) - start  # the edges [P, 2]
     steps = np.abs(along).max(axis=1)
@@ -192,7 +192,7 @@ def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
 
 
 def open_image(path: str | Path, read: Callable = to_rgb):
-    """What `read` makes of an image file: an upright RGB image. Raises InputError if the file can't be read."""
+    """What `read` makes of an image file, by default upright RGB. Raises InputError if the file can't be read."""
     if not Path(path).is_file():
         raise InputError(f"there is no image {path}")
     with input_errors(f"{path} can't be read as an image"):
@@ -211,7 +211,7 @@ def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
 def make_tokenizer(expressions: list[str]) -> BertTokenizer:
     """BERT's tokenizer with the whole words of these expressions for its vocabulary; others become [UNK]."""
     bare = BertTokenizer(do_lower_case=True).backend_tokenizer
-    text = bare.normalizer.normalize_str(" ".join({word for expression in expressions for word in expression.split()}))
+    text = bare.normalizer.normalize_str(" ".join(expressions))
     words = sorted({word for word, _ in bare.pre_tokenizer.pre_tokenize_str(text)})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     return BertTokenizer(vocab={word: i for i, word in enumerate(special + words)}, do_lower_case=True)
@@ -244,13 +244,13 @@ def locate(name: str, data: Path) -> tuple[Path, list[Path]]:
             raise InputError(f"{name} holds several refs files; name one of them: {', '.join(map(str, found))}")
         refs = found[0] if found else refs / "refs.json"
     elif not refs.is_file():
-        raise InputError(f"there is no dataset {name}: it must be a folder or one of {', '.join(DATASETS)}")
+        raise InputError(f"there is no dataset {name}: give a folder, a refs file or one of {', '.join(DATASETS)}")
     images = refs.parent / "images"
     return refs, sorted(images.glob("**/")) or [images]
 
 
 class Referred(NamedTuple):
-    """An object that sentences refer to, kept small, for loader processes may copy it."""
+    """An object that sentences refer to, kept small, because loader processes may copy it."""
 
     ref_id: int
     image_id: int | str
@@ -264,7 +264,7 @@ class Referred(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[str, list[Referred]], Path]:
-    """split -> its objects, those of an image side by side, and the folder of the images.
+    """A dict, split -> its objects, grouped by image; and the folder of the images.
 
     Ids and an image's size, which a file of one's own may leave out, are filled in.
     """
@@ -278,7 +278,7 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
         instances = json.loads(instances_file.read_bytes())
         entries = {image.get("id", image["file_name"]): image for image in instances["images"]}
         if len(entries) < len(instances["images"]):
-            raise KeyError("two images of the same id")
+            raise ValueError("two images of the same id")
         annotations = {a["id"]: a["segmentation"] for a in instances.get("annotations", [])}
         place = {image_id: number for number, image_id in enumerate(entries)}
         refs = sorted(enumerate(refs), key=lambda pair: place.get(pair[1]["image_id"], -1))  # an image's side by side
@@ -305,7 +305,7 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
             if min(height, width) < 1 or height * width > 2 * Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"its image cannot have {height} x {width} pixels")
             if not isinstance(ref["split"], str) or not re.fullmatch(r"\w[\w.+-]{0,50}", ref["split"]):
-                raise ValueError(f"its split must be a name of letters and digits, not {ref['split']!r}")
+                raise ValueError(f"its split must be a short name such as 'val', not {ref['split']!r}")
             sentences = ref["sentences"] if isinstance(ref["sentences"], (list, tuple)) else []
             sentences = [one if isinstance(one, dict) else {"raw": one} for one in sentences]
             if not sentences or not all(isinstance(one["raw"], str) for one in sentences):  # blank ones are kept
@@ -324,8 +324,8 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
 class RefDataset(torch.utils.data.Dataset):
     """One split of a REFER-format dataset. Raises InputError if something is not in order.
 
-    Training: item (epoch, i) is object i with one of its sentences (ours: one an epoch), drawn from (seed, epoch, i),
-    so that neither workers nor ranks change it. Evaluation: item i is sentence i, every sentence of every object.
+    Training: item (epoch, i) is object i with one of its sentences (ours: one an epoch), drawn at random. The
+    seed of the draw is (seed, epoch, i), so workers and ranks don't change it. Evaluation: item i is sentence i.
 
     Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
     int64 [T] (T: tokens of the split's longest sentence), "index" the number of the sentence in `expressions`.
@@ -381,13 +381,13 @@ class RefDataset(torch.utils.data.Dataset):
         return self.objects[self.owners[index]]
 
     def image(self, index: int) -> Image.Image:
-        """The image of sentence `index`, RGB at its own size, which may be another than that in instances.json.
+        """The image of sentence `index`, RGB at the file's own size, which may differ from that in instances.json.
 
         Raises InputError if height / width differs by more than 10 %.
         """
         item = self.object(index)
         file = self.folder / item.file_name
-        image = open_image(file, read=lambda opened: to_rgb(opened, upright=False))  # as COCO's masks lie on it
+        image = open_image(file, read=lambda opened: to_rgb(opened, upright=False))  # COCO's masks fit it as stored
         if abs(image.width / image.height * item.height / item.width - 1) > 0.1:
             found, said = f"{image.height} x {image.width}", f"{item.height} x {item.width}"
             raise InputError(f"{item.file_name} is {found}, but instances.json says {said}: its mask would not fit")
@@ -406,7 +406,7 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
     """An iterator over the batches, which are lists of items or a batch sampler."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # of its own: torch's own seed must not move
+        generator=torch.Generator(),  # so that loading does not advance torch's global one
         worker_init_fn=shield_from_signals,
     )  # fmt: skip
     gc.collect()
@@ -488,7 +488,7 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
         empty += not mask.any()
         if len(samples) < 12:
             samples.append([(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))])
-    print(f"decoded: {len(objects)} images and masks (with --all every one); broken: {len(broken)}")
+    print(f"decoded: {len(objects)} images and masks{'' if every_image else ' (--all: all)'}; broken: {len(broken)}")
     print(f"masks without a pixel: {empty}")
     wrong += broken[:5]
     print("\n".join(wrong) or "nothing wrong was found")
@@ -505,7 +505,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", required=True, metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder")
     parser.add_argument("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
-    parser.add_argument("--images", metavar="DIR", help="where the images are, if not there")
+    parser.add_argument("--images", metavar="DIR", help="the folder of the images, if not under --data")
     parser.add_argument("--all", action="store_true", help="decode every image and mask, not a sample of 200")
     args = parser.parse_args(argv)
     if not check(args.check, args.data, args.all, args.images):
@@ -549,13 +549,13 @@ def unit_area(points: np.ndarray) -> np.ndarray:
     return points * math.sqrt(math.pi / area)
 
 
-ARMS = np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)])  # of a cross: two of four
+HALF = np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)])  # the right half of a cross's outline
 SHAPES = {
     "circle": unit_area(star(24, 1.0)),
     "square": unit_area(np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])),
     "triangle": unit_area(star(3, 0.5)),
     "star": unit_area(star(5, 0.45)),
-    "cross": unit_area(np.concatenate([ARMS, -ARMS])),
+    "cross": unit_area(np.concatenate([HALF, -HALF])),
 }
 
 
@@ -624,8 +624,8 @@ def draw_scene(objects: list[dict], rng: np.random.Generator) -> Image.Image:
         color = np.clip(np.array(COLORS[item["color"]]) + rng.integers(-20, 21, 3), 0, 255)
         ImageDraw.Draw(canvas).polygon([tuple(point * zoom) for point in item["polygon"]], tuple(map(int, color)))
     canvas = np.asarray(canvas.resize((CANVAS, CANVAS), Image.Resampling.BOX), dtype=np.float32)
-    slope = np.add.outer(*rng.uniform(-30, 30, 2)[:, None] * np.linspace(-0.5, 0.5, CANVAS))
-    ground = rng.uniform(80, 180) + slope[..., None]
+    down, across = rng.uniform(-30, 30, (2, 1)) * np.linspace(-0.5, 0.5, CANVAS)
+    ground = rng.uniform(80, 180) + (down[:, None] + across)[..., None]
     opacity = canvas[..., 3:] / 255
     pixels = canvas[..., :3] * opacity + ground * (1 - opacity) + rng.normal(0, 10, (CANVAS, CANVAS, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

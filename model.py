@@ -34,7 +34,7 @@ BERT_FIELDS = (  # of transformers' BertConfig, whose defaults are BERT-base
 class VEGAConfig:
     """Everything that decides the model's shape and its loss; a checkpoint carries it. Defaults: the paper's model.
 
-    Raises InputError for fields that a flag can set, if they don't go together.
+    Raises InputError if a value that a flag or BERT's config sets is out of range or does not fit the others.
     """
 
     image_size: int = 480  # pixels a side; the photograph is squeezed to this square
@@ -131,10 +131,10 @@ class PadThenShiftBlock(SwinTransformerBlock):
 
 @torch.no_grad()
 def start_from_scratch(swin: SwinTransformer) -> None:
-    """Ours: with these starting weights Swin learns shapes sooner than with timm's; pretrained ones take their place.
+    """Ours: from these weights Swin learns shapes sooner than from timm's. Pretrained weights, if any, replace them.
 
-    Linear layers start Xavier-uniform; timm's 0.02 suits wider layers. Each attention head starts by looking at a
-    random place near the pixel (a Gaussian); timm's heads look at the whole window alike.
+    Linear layers start Xavier-uniform; timm's standard deviation, 0.02, suits wider layers. Each attention head
+    starts by looking at a random place near the pixel (a Gaussian); timm's heads look at the whole window equally.
     """
     for module in swin.modules():
         if isinstance(module, nn.Linear):
@@ -179,19 +179,19 @@ class VisionEncoder(nn.Module):
         features = []
         for stage, fusion, norm in zip(self.swin.layers, self.fusions, self.norms):
             x = stage(x)  # [B, H_i, W_i, C_i]; timm's stages begin with the downsampling
-            height, width = x.shape[1:3]
+            size = x.shape[1:3]
             fused, x = fusion(x.flatten(1, 2), tokens, mask_l)
-            features.append(norm(fused).unflatten(1, (height, width)))
+            features.append(norm(fused).unflatten(1, size))
             if x is not None:
-                x = x.unflatten(1, (height, width))
+                x = x.unflatten(1, size)
         return features
 
 
 class Decoder(nn.Module):
     """From the last stage to the first: look at the guidance set, upsample, join the encoder's map (Sec. 3.3).
 
-    Ours: the width, the linear layers, a convolution at each join, GroupNorm in groups of 8 channels (BatchNorm would
-    make several processes differ from one).
+    Ours: the width, the linear layers before each join, a convolution at each join, GroupNorm in groups of 8
+    channels (BatchNorm would make several processes differ from one).
     """
 
     def __init__(self, vision_dims: list[int], guidance_dim: int, width: int, num_heads: int):
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
             nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(width // 8, width), nn.ReLU())
             for _ in skip_dims
         )
-        self.convolutions.to(memory_format=torch.channels_last)  # as the maps lie in memory
+        self.convolutions.to(memory_format=torch.channels_last)  # the maps are channels-last in memory
         self.head = nn.Linear(width, 1)
 
     def forward(self, features: list[Tensor], G: Tensor, mask_G: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class VEGA(nn.Module):
     """Visual Expression Guidance for Referring Expression Segmentation.
 
     All weights start at random: Swin's by `start_from_scratch`, BERT's as transformers does, the others by torch's
-    defaults. `train.build` then loads pretrained Swin and BERT.
+    defaults. `train.build` then loads pretrained BERT and Swin, where the run uses them.
     """
 
     def __init__(self, config: VEGAConfig):
@@ -278,13 +278,13 @@ class VEGA(nn.Module):
     def loss(self, output: dict, mask: Tensor) -> dict:
         """output of `forward`, mask [B, H, W] 1 on the target -> scalars: "loss" and its terms, "bce" and others.
 
-        A term on tokens finds padding in output["selection"].mask_G[:, :T].
+        If you add a loss over tokens: output["selection"].mask_G[:, :T] is 0 at padding.
         """
         logits, mask = output["logits"], mask.float()
         losses = {"bce": F.binary_cross_entropy_with_logits(logits, mask)}
         if self.log_tau is not None:
             losses["contrastive"] = pixel_contrastive_loss(output["similarity"], mask, self.log_tau.exp())
-        if self.config.dice:  # 1 - 2 |P T| / (|P| + |T|) of probabilities and target, one added above and below
+        if self.config.dice:  # 1 - (2 |P Y| + 1) / (|P| + |Y| + 1), P the probabilities, Y the target
             probability, target = logits.sigmoid().flatten(1), mask.flatten(1)  # [B, H * W]
             overlap = 2 * (probability * target).sum(1) + 1  # [B]
             losses["dice"] = (1 - overlap / (probability.sum(1) + target.sum(1) + 1)).mean()
@@ -294,7 +294,7 @@ class VEGA(nn.Module):
 
 # Pretrained weights
 
-# The paper: Swin-B pretrained on ImageNet-22K, and BERT-base uncased. Ours: the Swin-B of windows of 12 and 384 x 384.
+# The paper: Swin-B pretrained on ImageNet-22K, and BERT-base uncased. Ours: at 384 x 384, with windows of 12
 PRETRAINED_SWIN = "swin_base_patch4_window12_384.ms_in22k"  # in timm
 PRETRAINED_BERT = "google-bert/bert-base-uncased"  # in transformers
 
@@ -304,13 +304,13 @@ def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
 
     Args:
         source: a file, timm's own (.safetensors or .pth) or Microsoft's (.pth), or a model's name in timm.
-        window_size: of the model; where the map is smaller, timm's filter fits the position tables to it.
+        window_size: the config's; on a smaller map timm shrinks the window, and its filter resizes the position tables.
 
     Raises InputError if it can't be read or any tensor is missing or of another shape; nothing is loaded then.
     """
     with input_errors(f"no Swin weights from {source}; give --swin FILE, or --no-pretrained"):
         if Path(source).exists() or Path(source).suffix in (".safetensors", ".pth"):
-            weights = timm.models.load_state_dict(source)  # timm's own loading of a file lets tensors be missing
+            weights = timm.models.load_state_dict(source)  # timm's own way to load a file accepts missing tensors
         else:
             weights = timm.create_model(source, pretrained=True, num_classes=0).state_dict()
     own = swin.state_dict()
@@ -321,7 +321,7 @@ def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
     weights = checkpoint_filter_fn(weights, swin)  # Microsoft's names to timm's; stored masks and indices dropped
     weights = {name: value for name, value in weights.items() if not name.startswith(("norm.", "head."))}
     load_weights(swin, weights, source)
-    return f"Swin: {len(weights)} tensors from {source}; VEGA has no norm and head of Swin's"
+    return f"Swin: {len(weights)} tensors from {source}; Swin's own norm and head are not used"
 
 
 def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
@@ -345,11 +345,9 @@ def load_weights(module: nn.Module, weights: dict, source: str) -> None:
     """Raises InputError, and loads nothing, unless names and shapes are the module's and all values are finite."""
     own = module.state_dict()
     for name in [*own, *weights]:
-        here, there = (
-            list(state[name].shape) if isinstance(state.get(name), Tensor) else "missing" for state in (own, weights)
-        )
+        here, there = (getattr(state.get(name), "shape", "missing") for state in (own, weights))
         if name not in own or here != there:
-            raise InputError(f"{source} does not fit the model: {name} is {there} there and {here} here")
+            raise InputError(f"{source} does not fit the model: {name} should be {here}, but is {there}")
         if not weights[name].isfinite().all():
             raise InputError(f"{source} is broken: {name} has values that are not finite")
     module.load_state_dict(weights)
@@ -373,7 +371,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with input_errors(f"can't write {path}; any from before is whole. Make room, then --resume"):
+        with input_errors(f"can't write {path}; an earlier file there is whole. Free some space, then --resume"):
             with open(part, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -395,9 +393,9 @@ def read_checkpoint(path: str | Path) -> dict:
             raise  # nothing is wrong with the file
         reason = "it is another kind of file, was cut short, or holds more than plain data"
         raise InputError(f"{path} can't be read as a checkpoint: {reason}") from None
-    parts = set("config model tokenizer step best args optimizer sums logged_step".split())
+    parts = {"config", "model", "tokenizer", "step", "best", "args", "optimizer", "sums", "logged_step"}
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or parts - checkpoint.keys():
-        raise InputError(f"{path} is not a whole checkpoint of this program, or of another version of it")
+        raise InputError(f"{path} is not a whole checkpoint, or another version of this program wrote it")
     return checkpoint
 
 

@@ -50,10 +50,9 @@ class AttentionLayer(nn.Module):
 
     def forward(self, q: Tensor, kv: Tensor, bias: Tensor | None = None) -> Tensor:
         """q [B, R_q, dim], kv [B, R, kv_dim] -> [B, R_q, dim]. bias [B, 1 or R_q, R], as M_hat, is added to scores."""
-        query, key, value = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, R_q or R, dim / heads]
-            for linear, x in ((self.query, q), (self.key, kv), (self.value, kv))
-        )
+        query = self.query(q).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, R_q, dim / heads]
+        key = self.key(kv).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, R, dim / heads]
+        value = self.value(kv).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         if bias is not None:
             bias = bias[:, None].to(query.dtype)  # [B, 1, 1 or R_q, R]
         dropout = self.dropout if self.training else 0.0
@@ -77,7 +76,7 @@ class VISBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
         self.ratio = ratio  # the share of the pixels that each token selects, in (0, 1]; 0.3 in the paper (Table 6)
-        self.proj_v = nn.Linear(dim, dim)  # phi_v; ours: two layers, as in Eq. 1; the pseudocode writes proj for both
+        self.proj_v = nn.Linear(dim, dim)  # phi_v of Eq. 1; the pseudocode writes proj for both layers
         self.proj_l = nn.Linear(dim, dim)  # phi_l
         self.cross_attention = AttentionLayer(dim, num_heads, dropout=dropout)  # ours: the heads and the dropout
         self.self_attention = AttentionLayer(dim, num_heads, dropout=dropout)
@@ -90,8 +89,8 @@ class VISBlock(nn.Module):
 
         Args:
             F_v: [B, N, D] vision features.
-            Q_l: [B, T, D] linguistic features. Algorithm 1 takes them from the language encoder. VEGA's have attended
-                to F_v before ("enhanced", Table 2, last row); Sec. 3 has no such step.
+            Q_l: [B, T, D] linguistic features. In Sec. 3 they come straight from the language encoder. In `vega` they
+                first attend to F_v ("enhanced", Table 2, last row).
             mask_l: [B, T] 1 for real tokens, 0 for padding. [SEP] and padding select pixels like any word. Padding does
                 no harm: the self-attention and the decoder never look at it.
         """
@@ -136,7 +135,7 @@ class VISBlock(nn.Module):
         return Selection(G, mask_G, S, M)  # ours: S for Eq. 5, M for pictures
 
 
-INITIAL_LOG_TAU = math.log(0.07)  # ours: tau starts at CLIP's 0.07; the model learns its logarithm: it stays positive
+INITIAL_LOG_TAU = math.log(0.07)  # ours: tau starts at CLIP's 0.07; the model learns log tau, so tau stays positive
 
 
 def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Tensor:
@@ -159,7 +158,7 @@ class Stepwise(nn.Module):
 
     An ablation overrides a step, or `forward` if the steps do not fit. To put a function in a layer's place, leave the
     layer's name out of `layers` and define a method of that name, as GlobalOnly does. To change a step of the method
-    itself, change it here and in VISBlock. Else the ablations differ from `vega` in more than their row.
+    itself, change it here and in VISBlock. Otherwise an ablation differs from `vega` in more than its own change.
     """
 
     layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # made by __init__
@@ -173,10 +172,10 @@ class Stepwise(nn.Module):
             self.add_module(name, AttentionLayer(dim, num_heads, dropout=dropout) if attention else nn.Linear(dim, dim))
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        tokens, mask = Q_l[:, self.selecting], mask_l[:, self.selecting]  # [B, R, D], [B, R]: R tokens select
+        mask = mask_l[:, self.selecting]  # [B, R] R tokens select
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
-            S = self.compare(F_v, tokens.float())
+            S = self.compare(F_v, Q_l[:, self.selecting])
             M = self.select(S)
             M_hat = M * 1e4 - 1e4
             S_norm = self.normalise(S, M_hat)
@@ -275,8 +274,8 @@ class LocalOnly(Stepwise):
 class GlobalOnly(Stepwise):
     """Table 3b, row 3: [CLS] selects, the words do not: S and M have its row alone. G is [B, T + 1, D].
 
-    The table as printed ticks both cues in this row; Sec. 4.3.3 tells which scores are whose. Ours: no self-attention,
-    since the one visual token has no other to look at.
+    The table as printed ticks both cues in this row; Sec. 4.3.3 says that these are the scores of [CLS]
+    alone. Ours: no self-attention, since the one visual token has no other to look at.
     """
 
     layers = ("proj_v", "proj_l", "cross_attention")
@@ -315,7 +314,7 @@ class NoNormalisation(Stepwise):
 
 
 class UnmaskedSoftmax(Stepwise):
-    """Table 4d, row 2: the softmax runs over all pixels. Ours: M still selects, after it."""
+    """Table 4d, row 2: the softmax runs over all pixels. Ours: M still selects, after the softmax."""
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
         return torch.softmax(S, dim=-1)
@@ -357,7 +356,7 @@ class Variant(NamedTuple):
 
     table: str
     row: str
-    mIoU: float | None  # the paper's on RefCOCO (ours: val), in per cent; VEGA's is 76.27 in Tables 4 to 6
+    mIoU: float | None  # in per cent on RefCOCO; the paper names no split, ours: val; VEGA's is 76.27 in Tables 4 to 6
     oIoU: float | None
     block: type[nn.Module] = VISBlock
     # tokens look at F_v before they select and enter G; ours: in all of Tables 3 and 4. False: there is no F_v at all

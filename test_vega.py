@@ -563,7 +563,7 @@ def test_a_checkpoint_takes_the_place_of_the_last_when_it_is_whole_and_on_the_di
     assert calls == ["fsync", "replace"]
     for checkpoint in ({"step": 2}, {"model": torch.zeros(10**6)}):
         (tmp_path / "last.pt.part").symlink_to("/dev/full")
-        with pytest.raises(data.InputError, match="can't write .* any from before is whole. Make room, then --resume"):
+        with pytest.raises(data.InputError, match="can't write .* an earlier file there is whole. Free some space"):
             model_module.save_checkpoint(file, checkpoint)
     assert torch.load(file) == {"step": 1} and [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
@@ -770,7 +770,7 @@ def assert_told_in_one_line(message: str, folder: Path) -> None:
         (dict(sentences=[]), "a list of one or more texts"),
         (dict(sentences="red mug"), "a list of one or more texts"),
         (dict(split="training"), "has no split 'train'; it has training, val"),
-        (dict(split="a/b"), "must be a name of letters and digits, not 'a/b'"),
+        (dict(split="a/b"), "must be a short name such as 'val', not 'a/b'"),
         (dict(image_id="sofa.jpg"), "there is no image 'sofa.jpg'"),
         (dict(image_id=[]), "not in REFER's format"),
         (dict(segmentation=None), "no segmentation here or under its ann_id"),
