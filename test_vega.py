@@ -1291,16 +1291,11 @@ def test_weights_that_are_not_finite_are_never_saved(train_here, tmp_path):
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def script_of_readme(word: str) -> str:
-    """The script of the README that has this word."""
-    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    (script,) = (block for block in blocks if word in block)
-    return script
-
-
 @pytest.mark.slow
 def test_the_script_of_the_readme_outlives_a_kill(small, tmp_path):
-    script = script_of_readme(".started").replace("--dataset refcoco --checkpoint-every 500", "--checkpoint-every 2")
+    scripts = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (script,) = (script for script in scripts if ".started" in script)
+    script = script.replace("--dataset refcoco --checkpoint-every 500", "--checkpoint-every 2")
     command = f"{sys.executable} {HERE / 'train.py'} --max-steps 40 {' '.join(RUN)} --data"
     out = tmp_path / "runs" / "refcoco"
 
@@ -1669,9 +1664,9 @@ def test_the_papers_row_stands_under_a_base_models_scores(best, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_the_study_of_the_readme_goes_on_where_it_was_killed(small, tmp_path):
+def test_the_study_goes_on_where_it_was_killed(small, tmp_path):
     """Its command on three runs of 30 steps, killed when the first is done and another has a checkpoint."""
-    script = script_of_readme("xargs").replace("in 0 1 2", "in 0").replace("in 3 4", "in")
+    script = (HERE / "assets/study/run.sh").read_text().replace("in 0 1 2", "in 0").replace("in 3 4", "in")
     script = re.sub(r"rows=\$.*", 'rows="variant=vega variant=no-cues ratio=0.1"', script)
     settings = f"--data {small} --max-steps 30 --checkpoint-every 2 {' '.join(RUN)}"
     script = script.replace("pytest", f"{sys.executable} -m pytest {HERE / 'test_vega.py'}")
