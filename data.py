@@ -1,6 +1,6 @@
 """Datasets in the format of RefCOCO's tool REFER: images, instances.json and refs, which are objects with sentences.
 
-    python data.py --check refcoco [--all]      what of a dataset is on disk, and whether it is whole
+    python data.py --check refcoco [--all]      which parts of a dataset are on disk, and whether they are whole
 
 data/refcoco/{instances.json, refs(unc).p}      data/refcoco+/{instances.json, refs(unc).p}
 data/refcocog/{instances.json, refs(umd).p, refs(google).p}
@@ -33,7 +33,7 @@ from transformers import BertTokenizer
 
 
 class InputError(ValueError):
-    """A wrong input, told in words for the person who gave it: what, where, what to do."""
+    """A wrong input. The message tells the person who gave it what is wrong, where, and what to do."""
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ DATASETS = {  # name -> its refs file under --data, beside instances.json, and s
     "refcocog-google": ("refcocog/refs(google).p", {"train": (44822, 24698), "val": (5000, 4650)}),
 }  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
-REACH = 1_000_000  # pixels that a polygon's outline, walked from (0, 0) and back, may measure; it limits memory
+REACH = 1_000_000  # the longest outline of a polygon in pixels, walked from (0, 0) and back; it limits memory
 
 
 # Reading: pickles, masks, images
@@ -103,7 +103,7 @@ def read_refs(path: Path) -> list[dict]:
             refs = PlainUnpickler(io.BytesIO(content), encoding="utf-8", errors="as latin-1").load()
         if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
             raise ValueError("not a list of dicts")
-        values = [refs]  # all that it holds: a pickle that repeats a list by reference can unfold without end
+        values = [refs]  # grows while the loop reads it; by references, a small pickle can hold values without end
         for value in values:
             if isinstance(value, dict):
                 values += value.values()
@@ -136,8 +136,8 @@ def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> 
     """
     points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
     length = np.abs(np.diff(points, axis=0, prepend=0, append=0)).max(axis=1).sum()  # from the origin round and back
-    if not length <= REACH:
-        raise ValueError(f"a polygon's outline, from (0, 0) and back, is {length:.0f} pixels long: at most {REACH}")
+    if not length <= REACH:  # also if it is NaN
+        raise ValueError(f"a polygon's outline, from (0, 0) and back, is {length:.0f} pixels; the limit is {REACH}")
     start = (5 * points + 0.5).astype(np.int64)  # [P, 2]
     along = np.roll(start, -1, axis=0) - start  # the edges [P, 2]
     steps = np.abs(along).max(axis=1)
@@ -145,7 +145,7 @@ def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> 
     start[back] += along[back]
     along[back] *= -1
     edge = np.repeat(np.arange(len(points)), steps + 1)  # [S], the edge of each point of the walk
-    step = np.arange(len(edge)) - np.searchsorted(edge, edge)
+    step = np.arange(len(edge)) - np.searchsorted(edge, edge)  # [S], the steps that each has gone along its edge
     slope = along / np.maximum(steps, 1)[:, None]
     walk = (start[edge] + slope[edge] * step[:, None] + 0.5).astype(np.int64)  # [S, 2]
     sideways = (walk[1:, 0] != walk[:-1, 0]) & (edge[1:] == edge[:-1])
@@ -171,9 +171,9 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
 
 
 def decode_counts(text: str) -> list[int]:
-    """COCO's compressed counts: 5 bits a character, least first; from the fourth run on, changes since two before."""
+    """COCO's compressed counts: 5 bits a character, lowest first; the fourth and later add to the count two before."""
     counts = []
-    for number in re.findall("[P-o]{,11}[0-O]", text):  # bit 0x20, which P to o have: the number goes on
+    for number in re.findall("[P-o]{,11}[0-O]", text):  # P to o have bit 0x20: the number goes on after them
         bits = [(ord(character) - 48) & 0x1F for character in number]
         value = sum(five << 5 * place for place, five in enumerate(bits))
         if bits[-1] & 0x10:  # the sign
@@ -264,15 +264,15 @@ class Referred(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[str, list[Referred]], Path]:
-    """A dict, split -> its objects, grouped by image; and the folder of the images.
+    """The objects of each split, grouped by image, and the folder of the images.
 
-    Ids and an image's size, which a file of one's own may leave out, are filled in.
+    Ids and image sizes may be missing from files of one's own; they are filled in.
     """
     refs_file, folders = locate(name, Path(data))
     instances_file = refs_file.with_name("instances.json")
     for file in (instances_file, refs_file):
         if not file.is_file():
-            raise InputError(f"{file} is missing: see RefCOCO or Your own data in the README, or try --dataset shapes")
+            raise InputError(f"{file} is missing: see 'RefCOCO' or 'Your own data' in the README, or --dataset shapes")
     refs = read_refs(refs_file)
     with input_errors(f"{instances_file} is not JSON, or it or {refs_file} is not in REFER's format"):
         instances = json.loads(instances_file.read_bytes())
@@ -298,7 +298,7 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
                 raise ValueError(f"there is no image {ref['image_id']!r}, or no segmentation here or under its ann_id")
             file = folder / image["file_name"]
             if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
-                raise ValueError(f"an image name that leads out of its folder, {image['file_name']}")
+                raise ValueError(f"its image name, {image['file_name']}, leads out of its folder")
             if "height" not in image:
                 image["width"], image["height"] = open_image(file, lambda opened: opened.size)
             height, width = int(image["height"]), int(image["width"])
@@ -333,7 +333,7 @@ class RefDataset(torch.utils.data.Dataset):
     Args:
         name: see `locate`.
         data: the folder of the known datasets.
-        images: that of the images, where they lie elsewhere.
+        images: the folder of the images, if not where `locate` looks.
         tokenizer: without one, items have no tokens.
     """
 
@@ -410,14 +410,14 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
         worker_init_fn=shield_from_signals,
     )  # fmt: skip
     gc.collect()
-    gc.freeze()  # the workers' garbage collector would touch, and so copy, every object that exists now
+    gc.freeze()  # else the workers' garbage collector would write to, and so copy, every object that exists now
     iterator = iter(loader)
     gc.unfreeze()
     return iterator
 
 
 def shield_from_signals(worker: int) -> None:
-    """Keep Ctrl-C and torchrun's SIGTERM, which go to process groups, from the loader: the step is finished first."""
+    """Put a loader process in a group of its own: Ctrl-C and torchrun's SIGTERM, sent to groups, must not end it."""
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
 
@@ -452,7 +452,7 @@ def sheet(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]], sid
 
 
 def check(name: str, data: str = "data", every_image: bool = False, images: str | None = None) -> bool:
-    """Print what of a dataset is on disk and what is wrong with it, and draw 12 samples; True if nothing is wrong.
+    """Print which parts of a dataset are on disk and what is wrong, and draw 12 samples; True if nothing is wrong.
 
     every_image: decode the image and draw the mask of every object, not of a sample of 200.
     """
@@ -505,7 +505,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", required=True, metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder")
     parser.add_argument("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
-    parser.add_argument("--images", metavar="DIR", help="the folder of the images, if not under --data")
+    parser.add_argument("--images", metavar="DIR", help="the folder of the images, if not where the dataset keeps them")
     parser.add_argument("--all", action="store_true", help="decode every image and mask, not a sample of 200")
     args = parser.parse_args(argv)
     if not check(args.check, args.data, args.all, args.images):
@@ -520,15 +520,15 @@ COLORS = {
     "cyan": (60, 200, 215), "blue": (50, 80, 205), "purple": (150, 60, 180),
 }  # fmt: skip
 SIZES = {"small": (10.0, 12.0), "large": (16.0, 19.0)}  # radius in pixels of the circle of the same area
-MARGIN = 12  # pixels by which a place or a relation must hold
-DIRECTIONS = [  # which way, and the wordings of a place and of a relation
+MARGIN = 12  # by so many pixels a target must lie further left, right, up or down than what it is compared with
+DIRECTIONS = [  # a direction (x, y), two sentences for a place in it, two for a relation to another object
     ((-1, 0), ("left {}", "{} on the left"), ("{} left of the {}", "{} to the left of the {}")),
     ((1, 0), ("right {}", "{} on the right"), ("{} right of the {}", "{} to the right of the {}")),
     ((0, -1), ("top {}", "{} at the top"), ("{} above the {}", "{} over the {}")),
     ((0, 1), ("bottom {}", "{} at the bottom"), ("{} below the {}", "{} under the {}")),
 ]
 PHRASES = ("{shape}", "{color} thing", "{color} {shape}", "{size} {shape}", "{size} {color} {shape}")
-SCENES = {  # split -> scenes, and the kinds of the targets of each; every target gets two sentences of its kind
+SCENES = {  # split -> number of scenes, and one kind for each target in a scene; each target gets two sentences
     "train": (3600, ("attribute", "place", "relation")),
     "val": (200, ("attribute", "place", "relation")),
     "testA": (200, ("attribute", "attribute")),
@@ -584,10 +584,10 @@ def sample_scene(rng: np.random.Generator) -> list[dict]:
 
 
 def describe(objects: list[dict], target: dict, kind: str) -> list[list[str]]:
-    """All pairs of sentences of a kind that are true of `target` and, with a margin, of nothing else in the scene."""
+    """Pairs of sentences of a kind that fit `target` and nothing else here; places and relations hold by MARGIN."""
 
     def names(item):
-        """What it may be called, and the objects that may be called so."""
+        """Each name that fits the item, and all objects that it fits."""
         for phrase in PHRASES:
             name = phrase.format(**item)
             yield name, [o for o in objects if phrase.format(**o) == name]
@@ -675,7 +675,7 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict = SCENES) -> None:
 
 
 def choose_targets(objects: list[dict], kinds: tuple[str, ...], rng: np.random.Generator) -> list | None:
-    """A distinct object for each kind, with its two sentences; None if the scene has none."""
+    """For each kind another object and two sentences that name it; None if the scene lacks such an object."""
     targets, free = [], rng.permutation(len(objects)).tolist()
     for kind in reversed(kinds):  # the rarest first
         for position in free:

@@ -61,7 +61,7 @@ class VEGAConfig:
 
     @classmethod
     def tiny(cls, **overrides) -> "VEGAConfig":
-        """Ours, for the generated shapes: three stages leave 8 x 8 of the 128 x 128 pixels to select from."""
+        """Ours, for the generated shapes: three stages turn 128 x 128 pixels into a map of 8 x 8 to select from."""
         bert = dict(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
         sizes = dict(
             image_size=128, embed_dim=24, depths=(1, 2, 2), num_heads=(4, 4, 4), window_size=4, drop_path=0.0,
@@ -116,10 +116,10 @@ class EarlyFusion(nn.Module):
 
 
 class PadThenShiftBlock(SwinTransformerBlock):
-    """timm's Swin block on maps that its windows do not tile. Ours: pad to whole windows first, then shift, as LAVT.
+    """timm's Swin block for maps whose sides are no multiple of the window. Ours, as in LAVT: pad first, then shift.
 
-    timm shifts first and pads after, so that opposite edges of the image share a window and no mask separates
-    them. Once padded, the map has whole windows, and timm has nothing left to pad.
+    timm shifts first and pads after, so that opposite edges of the image share a window, with no mask between
+    them. Here timm gets a map of whole windows, so it pads nothing.
     """
 
     def _attn(self, x: Tensor) -> Tensor:
@@ -226,8 +226,8 @@ class Decoder(nn.Module):
 class VEGA(nn.Module):
     """Visual Expression Guidance for Referring Expression Segmentation.
 
-    All weights start at random: Swin's by `start_from_scratch`, BERT's as transformers does, the others by torch's
-    defaults. `train.build` then loads pretrained BERT and Swin, where the run uses them.
+    All weights start at random, most by the libraries' defaults, Swin's by `start_from_scratch`. `train.build` then
+    loads pretrained BERT and Swin, where the run uses them.
     """
 
     def __init__(self, config: VEGAConfig):
@@ -276,7 +276,7 @@ class VEGA(nn.Module):
         return {"logits": logits, "tokens": tokens, "F_v": F_v, "selection": selection, "similarity": similarity}
 
     def loss(self, output: dict, mask: Tensor) -> dict:
-        """output of `forward`, mask [B, H, W] 1 on the target -> scalars: "loss" and its terms, "bce" and others.
+        """output of `forward`, mask [B, H, W] 1 on the target -> "loss" and its terms "bce", "contrastive", "dice".
 
         If you add a loss over tokens: output["selection"].mask_G[:, :T] is 0 at padding.
         """
@@ -294,7 +294,7 @@ class VEGA(nn.Module):
 
 # Pretrained weights
 
-# The paper: Swin-B pretrained on ImageNet-22K, and BERT-base uncased. Ours: at 384 x 384, with windows of 12
+# The paper: Swin-B pretrained on ImageNet-22K, and BERT-base uncased. Ours: Swin-B for 384 x 384, with windows of 12
 PRETRAINED_SWIN = "swin_base_patch4_window12_384.ms_in22k"  # in timm
 PRETRAINED_BERT = "google-bert/bert-base-uncased"  # in transformers
 
@@ -306,7 +306,7 @@ def load_swin(swin: SwinTransformer, source: str, window_size: int) -> str:
         source: a file, timm's own (.safetensors or .pth) or Microsoft's (.pth), or a model's name in timm.
         window_size: the config's; on a smaller map timm shrinks the window, and its filter resizes the position tables.
 
-    Raises InputError if it can't be read or any tensor is missing or of another shape; nothing is loaded then.
+    Raises InputError if the source can't be read, or a tensor is missing or of another shape; then nothing is loaded.
     """
     with input_errors(f"no Swin weights from {source}; give --swin FILE, or --no-pretrained"):
         if Path(source).exists() or Path(source).suffix in (".safetensors", ".pth"):
@@ -335,19 +335,19 @@ def load_bert(source: str) -> tuple[BertModel, BertTokenizer]:
         bert, report = BertModel.from_pretrained(source, **options)
     words, rows = len(tokenizer), bert.config.vocab_size
     if not 5 < words <= rows:
-        raise InputError(f"{source} has a vocabulary of {words}, but BERT knows {rows} words")
+        raise InputError(f"{source} has a vocabulary of {words} words, but it must be 6 to {rows}, as in BERT's table")
     if missing := report["missing_keys"]:  # these start at random, but a tensor of another shape is an error above
         raise InputError(f"{source} does not fit BERT: {len(missing)} tensors are missing, the first {min(missing)}")
     return bert, tokenizer
 
 
 def load_weights(module: nn.Module, weights: dict, source: str) -> None:
-    """Raises InputError, and loads nothing, unless names and shapes are the module's and all values are finite."""
+    """Load all weights. Raises InputError, and loads nothing, if a name or shape differs or a value is not finite."""
     own = module.state_dict()
     for name in [*own, *weights]:
         here, there = (getattr(state.get(name), "shape", "missing") for state in (own, weights))
         if name not in own or here != there:
-            raise InputError(f"{source} does not fit the model: {name} should be {here}, but is {there}")
+            raise InputError(f"{source} does not fit the model: {name} is {there} in it, and {here} here")
         if not weights[name].isfinite().all():
             raise InputError(f"{source} is broken: {name} has values that are not finite")
     module.load_state_dict(weights)
@@ -388,7 +388,7 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         with open(path, "rb") as file:  # so that a disk that can't be read is an OSError
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of zip, pickle or torch, whose own text would advise to load without weights_only
+    except Exception as error:  # of zip, pickle or torch; torch's own message would advise unsafe loading
         if isinstance(error, (OSError, MemoryError)) or "alloc" in str(error):
             raise  # nothing is wrong with the file
         reason = "it is another kind of file, was cut short, or holds more than plain data"
@@ -408,15 +408,15 @@ def restore(checkpoint: dict, device: torch.device, **overrides) -> tuple[VEGA, 
 
 
 def add_words(checkpoint: dict, expressions: list[str]) -> int:
-    """Give a checkpoint's vocabulary the words that it lacks, with fresh embeddings; returns how many there are.
+    """Add to a checkpoint's vocabulary the words that it lacks, with random embeddings; returns how many it added.
 
-    BERT's own vocabulary stays: it spells any word with its pieces, whose names start with ##.
+    A vocabulary of BERT's own stays as it is: it can spell any word with its pieces, whose names start with ##.
     """
     vocab, table = checkpoint["tokenizer"]["vocab"], "bert.embeddings.word_embeddings.weight"
     if any(word.startswith("##") for word in vocab):
         return 0
     new = sorted(make_tokenizer(expressions).get_vocab().keys() - vocab.keys())
-    vocab.update(zip(new, range(len(vocab), len(vocab) + len(new))))
+    vocab.update({word: len(vocab) + i for i, word in enumerate(new)})
     checkpoint["config"]["bert"]["vocab_size"] = len(vocab)
     weights = checkpoint["model"][table]
     checkpoint["model"][table] = torch.cat([weights, 0.02 * torch.randn(len(new), weights.shape[1])])  # as BERT starts

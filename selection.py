@@ -84,8 +84,8 @@ class VISBlock(nn.Module):
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         """Select pixels for each token, and make the guidance set of them.
 
-        Choosing pixels gives S no gradient. Eq. 5 gives one to the row of [CLS]. S_norm gives a weak one to the rows of
-        real tokens. proj_v and proj_l learn through S alone.
+        Each token's choice of pixels gives S no gradient. The row of [CLS] gets one from Eq. 5, and the rows of all
+        real tokens get a weak one through S_norm. S is all that proj_v and proj_l learn from.
 
         Args:
             F_v: [B, N, D] vision features.
@@ -139,11 +139,11 @@ INITIAL_LOG_TAU = math.log(0.07)  # ours: tau starts at CLIP's 0.07; the model l
 
 
 def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Tensor:
-    """Eq. 5, in fp32. Ours: s is enlarged to the mask's size, and the mean is taken over all pixels, of Z+ and of Z-.
+    """Eq. 5, in fp32. Ours: s is enlarged to the mask's size; the loss is the mean over all pixels, Z+ and Z- together.
 
     Args:
-        s: [B, h, w] the row of [CLS] in S, as a map. The paper: "for the global visual token v_1"; ours: the
-            similarities that choose v_1's pixels, not those of v_1 itself.
+        s: [B, h, w] the row of [CLS] in S, as a map. The paper: "for the global visual token v_1". As in Sec. 4.3.5, it
+            is the similarities by which [CLS] chose v_1's pixels, not those of v_1 itself.
         target: [B, H, W] the ground-truth masks, 1 (or True) in Z+ and 0 in Z-.
         tau: temperature, positive.
     """
@@ -153,12 +153,12 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
 
 
 class Stepwise(nn.Module):
-    """Algorithm 1 again, one method per step, for the ablations. Unchanged, it returns what VISBlock returns,
-    on a CPU bit for bit.
+    """Algorithm 1 again, one method per step, for the ablations. With no step overridden, it returns what VISBlock
+    returns, on a CPU bit for bit.
 
-    An ablation overrides a step, or `forward` if the steps do not fit. To put a function in a layer's place, leave the
-    layer's name out of `layers` and define a method of that name, as GlobalOnly does. To change a step of the method
-    itself, change it here and in VISBlock. Otherwise an ablation differs from `vega` in more than its own change.
+    An ablation overrides a step, or `forward` if the steps do not fit. To replace a layer by a function, as GlobalOnly
+    does, leave its name out of `layers` and write a method of that name. To change VEGA itself, change the step here
+    and in VISBlock, so that each ablation still differs from `vega` in one thing alone.
     """
 
     layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # made by __init__
@@ -201,7 +201,7 @@ class Stepwise(nn.Module):
 
 
 class LinguisticGuidance(Stepwise):
-    """Table 2, rows 1 and 2: G is the linguistic tokens. Ours: Figure 5's "w/o visual expression" is row 2."""
+    """Table 2, rows 1 and 2: G is the linguistic tokens. We take row 2 for Figure 5's "w/o visual expression"."""
 
     layers = ()
 
@@ -288,8 +288,8 @@ class GlobalOnly(Stepwise):
 class SigmoidThreshold(Stepwise):
     """Table 4a, row 1: a pixel is selected if sigmoid(similarity) > 0.5, so if the cosine is above 0. No ratio.
 
-    Ours: of S itself, not of S / tau; the mean divides by the number of pixels selected. If a token selects none, its E
-    is zero and it attends to all pixels.
+    Ours: E is divided by the number of pixels that the token selects. A token that selects none has an E of zero and
+    attends to all pixels.
     """
 
     def select(self, S: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ class SigmoidThreshold(Stepwise):
 class NoSimilarityWeights(Stepwise):
     """Table 4c, row 1: E is the plain mean of the selected pixels. Eq. 5 alone teaches the projections.
 
-    Its weights sum to one, VEGA's to 1 / K, so E is also K times as large: `sum-once` tells the two effects apart.
+    Its weights sum to one, VEGA's to 1 / K, so E is also K times as large; `sum-once` changes only that.
     """
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
@@ -356,10 +356,10 @@ class Variant(NamedTuple):
 
     table: str
     row: str
-    mIoU: float | None  # in per cent on RefCOCO; the paper names no split, ours: val; VEGA's is 76.27 in Tables 4 to 6
+    mIoU: float | None  # in per cent, on RefCOCO val, since VEGA's oIoU is val's; VEGA's is 76.27 in Tables 4 to 6
     oIoU: float | None
     block: type[nn.Module] = VISBlock
-    # tokens look at F_v before they select and enter G; ours: in all of Tables 3 and 4. False: there is no F_v at all
+    # the tokens attend to F_v before they select and enter G (ours: in Tables 3 and 4 too); False: F_v is not computed
     enhanced: bool = True
     contrastive: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
 
@@ -385,7 +385,7 @@ VARIANTS = {
     "sharp": Variant("ours", "softmax over S / tau, with the tau of Eq. 5", None, None, Sharp),
     "sum-once-sharp": Variant("ours", "both", None, None, SumOnceSharp),
 }  # fmt: skip
-RATIOS = {  # Table 6: mIoU and oIoU. oIoU: 0.3 is 0.53 above 0.1, 0.55 above 0.8; Sec. 4.3.4 says 0.46, 0.48
+RATIOS = {  # Table 6: mIoU, oIoU. By its oIoU 0.3 beats 0.1 by 0.53 and 0.8 by 0.55; Sec. 4.3.4 says 0.46 and 0.48
     0.1: (76.11, 74.82), 0.2: (76.08, 75.02), 0.3: (76.27, 75.35), 0.4: (76.24, 75.28), 0.5: (76.22, 75.14),
     0.6: (76.16, 75.12), 0.7: (76.08, 74.97), 0.8: (76.03, 74.80),
 }  # fmt: skip

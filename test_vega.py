@@ -542,7 +542,7 @@ def test_a_broken_or_hostile_checkpoint_is_refused_and_nothing_runs(best, tmp_pa
         ({"model": {**model, name: [0.0]}}, f"{name} is missing"),
         ({"config": {**config, "image_size": 12}}, "the image size is 12, but must be"),
         ({"config": {**config, "bert": {"_attn_implementation": "x"}}}, "BERT's config must name nothing but"),
-        ({"format": 99}, "or of another version of it"),
+        ({"format": 99}, "or another version of this program wrote it"),
         ({"args": Hostile(tmp_path / "ran")}, "can't be read as a checkpoint: .* holds more than plain data"),
     ):
         torch.save({**whole, **change}, file)
@@ -794,7 +794,7 @@ def test_a_wrong_value_is_told_in_one_line(change, message, tmp_path):
 @pytest.mark.parametrize(
     "file, break_it, message",
     [
-        ("instances.json", Path.unlink, "instances.json is missing: see RefCOCO or Your own data in the README"),
+        ("instances.json", Path.unlink, "instances.json is missing: see 'RefCOCO' or 'Your own data' in the README"),
         ("instances.json", lambda file: file.write_text("{"), "is not JSON"),
         ("instances.json", lambda file: file.write_text("[" * 200_000), "is not JSON"),
         ("refs.json", lambda file: file.write_text('{"refs": []}'), "is not a list of refs"),
