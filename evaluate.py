@@ -70,6 +70,7 @@ def pick_device(device: str | None) -> torch.device:
             if picked.index >= torch.cuda.device_count() > 0:
                 raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs; each takes one process at most")
             torch.cuda.set_device(picked)
+            torch.backends.cudnn.allow_tf32 = False  # else convolutions in fp32 round their inputs to TF32
         elif picked.type != "cpu":
             raise RuntimeError("it must be cpu or cuda")
         torch.zeros(1, device=picked)

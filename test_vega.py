@@ -1040,6 +1040,7 @@ def test_a_dataset_of_refcocos_size_fits_in_memory(tmp_path, capsys):
 
 
 RUN = ("--batch-size", "4", "--log-every", "1", "--set", "image_size=64", "dropout=0.1", "drop_path=0.1")
+CPU = ("--device", "cpu")  # where a result is the same bit for bit, and where no process needs a GPU of its own
 
 
 def printed_by(*command, **where) -> str:
@@ -1104,7 +1105,7 @@ def test_the_flag_for_gradient_checkpointing_reaches_swin(flags, train_here, mon
 def test_one_seed_gives_one_training(train_here, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(ord(name))  # what was drawn before must not matter
-        train_here("--max-steps", 3, "--seed", seed, out=name)
+        train_here(*CPU, "--max-steps", 3, "--seed", seed, out=name)
     a, b, c = (log_of(tmp_path / name) for name in "abc")
     assert a == b != c
 
@@ -1196,7 +1197,7 @@ def assert_same_run(a: Path, b: Path, same_log=True) -> None:
 
 @pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_stops_after_the_step_and_resume_goes_on(nproc, small, tmp_path):
-    flags = ["--data", small, *RUN, "--max-steps", 20 * nproc, "--log-every", 3, "--workers", nproc - 1]
+    flags = ["--data", small, *RUN, *CPU, "--max-steps", 20 * nproc, "--log-every", 3, "--workers", nproc - 1]
     process = start(*launcher(nproc), HERE / "train.py", *flags, "--out", tmp_path / "cut")
     wait_until((tmp_path / "cut" / "log.jsonl").exists, process)
     process.terminate()  # torchrun hands it on to its processes
@@ -1239,7 +1240,7 @@ def test_only_a_second_ctrl_c_stops_at_once():
 @pytest.mark.parametrize("nproc, kills", [(1, 10), (2, 2)])
 def test_kill_9_at_any_moment_loses_nothing(nproc, kills, small, tmp_path):
     every = ["--checkpoint-every", 3, "--validate-every", 20, "--log-every", 2]
-    flags = ["--data", small, *RUN, "--max-steps", 40, *every]
+    flags = ["--data", small, *RUN, *CPU, "--max-steps", 40, *every]
     printed_by(HERE / "train.py", *flags, "--out", tmp_path / "whole", nproc=nproc)
     out, torn = tmp_path / "cut", 0
     for kill in range(kills):
@@ -1271,7 +1272,7 @@ def test_the_log_is_cut_at_the_checkpoint(tmp_path):
 def test_a_loss_that_is_not_finite_names_its_samples(nproc, small, tmp_path):
     """A learning rate of 1e20 leaves weights in step 1 that are finite, and with which step 2 has no finite loss."""
     last = tmp_path / "run" / "last.pt"
-    flags = ["--data", small, "--out", last.parent, *RUN, "--lr", 1e20, "--checkpoint-every", 1, "--max-steps", 9]
+    flags = ["--data", small, "--out", last.parent, *RUN, *CPU, "--lr", 1e20, "--checkpoint-every", 1, "--max-steps", 9]
     done = run(HERE / "train.py", *flags, nproc=nproc)
     told = "error: the loss is not finite at step 2; its ref_id/sent_id are (.*); the last good checkpoint is (.*)\n"
     found = re.search(told, done.stderr)
@@ -1326,7 +1327,7 @@ def test_the_script_of_the_readme_outlives_a_kill(small, tmp_path):
 
 @pytest.mark.slow
 def test_a_dead_process_takes_the_others_down(small, tmp_path):
-    flags = ["--data", small, *RUN, "--max-steps", 500, "--out", tmp_path / "run"]
+    flags = ["--data", small, *RUN, *CPU, "--max-steps", 500, "--out", tmp_path / "run"]
     process = start(*launcher(2), HERE / "train.py", *flags)
     wait_until((tmp_path / "run" / "log.jsonl").exists, process)
     environment = {child: Path(f"/proc/{child}/environ").read_bytes() for child in children_of(process.pid)}
@@ -1347,7 +1348,7 @@ def test_processes_nodes_and_micro_batches_train_as_one_process_does(small, tmp_
         address = f"127.0.0.1:{free.getsockname()[1]}"
     node = launcher(2, "--nproc_per_node=1", "--nnodes=2", f"--rdzv_endpoint={address}", "--local_addr=127.0.0.1")
     flags = ["--data", small, "--batch-size", 8, "--log-every", 1, "--set", "image_size=64", "--max-steps", 10,
-             "--lr", 1e-4, "--seed", 1]  # fmt: skip
+             "--lr", 1e-4, "--seed", 1, *CPU]  # fmt: skip
     runs = []
     for name, launches, extra in (
         ("one", [launcher(1)], []),
@@ -1458,7 +1459,7 @@ def test_evaluation_counts_the_same_in_any_number_of_processes(best, small, tmp_
     results = []
     for nproc in (1, 2, 4):
         files = [tmp_path / f"{nproc}.json", tmp_path / f"{nproc}.jsonl"]
-        flags = ["--checkpoint", best, "--data", small, "--json", files[0], "--per-sample", files[1]]
+        flags = ["--checkpoint", best, "--data", small, *CPU, "--json", files[0], "--per-sample", files[1]]
         printed_by(HERE / "evaluate.py", *flags, nproc=nproc)
         results.append([file.read_text() for file in files])
     assert json.loads(results[0][0])["val"]["samples"] == len(results[0][1].splitlines()) == 36
@@ -1599,13 +1600,14 @@ def test_bf16_is_the_default_where_a_card_has_it_and_told_where_it_is_slow(has_b
 def test_each_process_touches_its_own_gpu_alone(monkeypatch):
     """Two pretended GPUs that only note what is asked of them."""
     noted, zeros = [], torch.zeros
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: noted.append(f"current {device}"))
     monkeypatch.setattr(torch, "zeros", lambda *a, device=None: (noted.append(f"zeros {device}"), zeros(*a))[1])
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert evaluate.start_processes(None) == torch.device("cuda:1")
-    assert noted == ["current cuda:1", "zeros cuda:1"]
+    assert noted == ["current cuda:1", "zeros cuda:1"] and not torch.backends.cudnn.allow_tf32
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(data.InputError, match="--device cuda can't be used here; .*this machine has 2 GPUs"):
         evaluate.start_processes(None)
