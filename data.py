@@ -22,6 +22,8 @@ import os
 import pickle
 import re
 import shutil
+import sys
+import traceback
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -57,13 +59,23 @@ def command_line(main):
             return main(argv)
         except (InputError, OSError) as error:
             # from a loader process the message holds a traceback; the text is at its end
-            raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from error
-        except RuntimeError as error:
-            if torch.distributed.is_initialized() and re.search("connection|nccl", str(error), re.IGNORECASE):
-                raise SystemExit(f"error: another process has stopped, and so does this one: {error}") from None
-            raise
+            leave(f"error: {str(error).rpartition('InputError: ')[2].strip()}")
+        except Exception as error:
+            if not torch.distributed.is_initialized():
+                raise
+            lost = re.search("connection|broken pipe|socket closed|timed out", str(error), re.IGNORECASE)
+            leave(f"error: another process has stopped, and so does this: {error}" if lost else traceback.format_exc())
 
     return wrapped
+
+
+def leave(told: str) -> None:
+    """End this process with a message and status 1."""
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        print(told, file=sys.stderr, flush=True)
+        os._exit(1)  # at once: NCCL's clean-up can wait for the other processes, which wait for this one
+    raise SystemExit(told)
 
 
 DATASETS = {  # name -> its refs file under --data, beside instances.json, and split -> (refs, images)
@@ -407,6 +419,7 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # so that loading does not advance torch's global one
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # Python 3.14 has another
         worker_init_fn=shield_from_signals,
     )  # fmt: skip
     gc.collect()

@@ -1327,6 +1327,21 @@ def test_the_script_of_the_readme_outlives_a_kill(small, tmp_path):
     assert read_checkpoint(out / "last.pt")["step"] == 40
 
 
+@pytest.mark.parametrize("error, told", [
+    (data.InputError("there is no image x.jpg"), "error: there is no image x.jpg\n"),
+    (RuntimeError("[gloo] Connection closed by peer"), "error: another process has stopped, and so does this: [gloo]"),
+    (RuntimeError("NCCL error: unhandled system error"), "Traceback"),
+])  # fmt: skip
+def test_an_error_in_one_of_several_processes_ends_it_at_once(error, told, monkeypatch, capsys):
+    """Without the interpreter's end, where NCCL can wait for the other processes."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        data.command_line(mock.Mock(side_effect=error))()
+    os._exit.assert_called_once_with(1)
+    assert capsys.readouterr().err.startswith(told)
+
+
 @pytest.mark.slow
 def test_a_dead_process_takes_the_others_down(small, tmp_path):
     flags = ["--data", small, *RUN, *CPU, "--max-steps", 500, "--out", tmp_path / "run"]
