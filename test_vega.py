@@ -1295,16 +1295,14 @@ def test_weights_that_are_not_finite_are_never_saved(train_here, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_of_the_readme_outlives_a_kill(small, tmp_path):
-    scripts = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    (script,) = (script for script in scripts if ".started" in script)
-    script = script.replace("--dataset refcoco --checkpoint-every 500", "--checkpoint-every 2")
-    command = f"{sys.executable} {HERE / 'train.py'} --max-steps 40 {' '.join(RUN)} --data"
+def test_the_script_for_preemption_outlives_a_kill(small, tmp_path):
     out = tmp_path / "runs" / "refcoco"
+    script = (HERE / "assets/preemptible.sh").read_text()
+    script = script.replace("torchrun --nproc_per_node=4 train.py", f"{sys.executable} {HERE / 'train.py'}")
 
     def begin(folder):
-        ours = script.replace("torchrun --nproc_per_node=4 train.py", f"{command} {folder}")
-        return start("bash", "-c", ours, cwd=tmp_path)
+        flags = [out, *RUN, "--data", folder, "--max-steps", 40, "--checkpoint-every", 2]
+        return start("bash", "-c", script, "preemptible.sh", *flags, cwd=tmp_path)
 
     (tmp_path / "file").touch()
     process = begin(tmp_path / "file")  # where no data can be
