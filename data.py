@@ -419,7 +419,8 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # so that loading does not advance torch's global one
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # Python 3.14 has another
+        # not by the fork server of Python 3.14, which torchrun's SIGTERM would end
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         worker_init_fn=shield_from_signals,
     )  # fmt: skip
     gc.collect()
