@@ -85,7 +85,7 @@ class VISBlock(nn.Module):
         """Select pixels for each token, and make the guidance set of them.
 
         Each token's choice of pixels gives S no gradient. The row of [CLS] gets one from Eq. 5, and the rows of all
-        real tokens get a weak one through S_norm. S is all that proj_v and proj_l learn from.
+        real tokens get a weak one through S_norm. proj_v and proj_l learn through S alone.
 
         Args:
             F_v: [B, N, D] vision features.
@@ -356,7 +356,7 @@ class Variant(NamedTuple):
 
     table: str
     row: str
-    mIoU: float | None  # in per cent, on RefCOCO val, since VEGA's oIoU is val's; VEGA's is 76.27 in Tables 4 to 6
+    mIoU: float | None  # in per cent, on RefCOCO val (VEGA's oIoU is that of Table 1); VEGA's is 76.27 in Tables 4 to 6
     oIoU: float | None
     block: type[nn.Module] = VISBlock
     # the tokens attend to F_v before they select and enter G (ours: in Tables 3 and 4 too); False: F_v is not computed

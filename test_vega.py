@@ -1298,7 +1298,7 @@ def test_weights_that_are_not_finite_are_never_saved(train_here, tmp_path):
 def test_the_script_for_preemption_outlives_a_kill(small, tmp_path):
     out = tmp_path / "runs" / "refcoco"
     script = (HERE / "assets/preemptible.sh").read_text()
-    script = script.replace("torchrun --nproc_per_node=4 train.py", f"{sys.executable} {HERE / 'train.py'}")
+    script = script.replace("torchrun --nproc_per_node=${GPUS:-4} train.py", f"{sys.executable} {HERE / 'train.py'}")
 
     def begin(folder):
         flags = [out, *RUN, "--data", folder, "--max-steps", 40, "--checkpoint-every", 2]

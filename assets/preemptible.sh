@@ -1,5 +1,6 @@
 # Train, and go on from the last checkpoint after a preemption: bash assets/preemptible.sh DIR FLAGS_OF_TRAIN
 # From the project's folder: bash assets/preemptible.sh runs/refcoco --dataset refcoco --checkpoint-every 500
+# It uses 4 GPUs; with 2: GPUS=2 bash assets/preemptible.sh ..
 # It ends with 0 when all is done, with 75 after SIGTERM (then start it again), with 1 at an error.
 # Once DIR has a checkpoint, the flags are those that the run was started with.
 
@@ -9,7 +10,7 @@ trap 'kill $child; wait $child; exit 75' TERM INT  # hand it on, and wait for th
 while true; do
     [ -e "$out/last.pt" ] && set -- --resume
     touch "$out.started"
-    torchrun --nproc_per_node=4 train.py "$@" --out "$out" & child=$!
+    torchrun --nproc_per_node=${GPUS:-4} train.py "$@" --out "$out" & child=$!
     wait $child && exit 0
     [ "$out/last.pt" -nt "$out.started" ] || exit 1  # no new checkpoint: read the error
 done
