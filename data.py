@@ -13,7 +13,6 @@ import argparse
 import codecs
 import contextlib
 import functools
-import gc
 import io
 import itertools
 import json
@@ -25,7 +24,7 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,15 +38,15 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def input_errors(told: str):
-    """Any error in this block becomes an InputError that says `told` and the error's first line."""
+def input_errors(message: str):
+    """Any error in this block becomes an InputError: the message, and the error's first line in brackets."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # of Pillow, pickle, torch, timm, transformers: dozens of classes
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise InputError(f"{told} ({kind}{error}".partition("\n")[0] + ")") from None
+        raise InputError(f"{message} ({kind}{error}".partition("\n")[0] + ")") from None
 
 
 def command_line(main):
@@ -59,23 +58,19 @@ def command_line(main):
             return main(argv)
         except (InputError, OSError) as error:
             # from a loader process the message holds a traceback; the text is at its end
-            leave(f"error: {str(error).rpartition('InputError: ')[2].strip()}")
-        except Exception as error:
+            message = f"error: {str(error).rpartition('InputError: ')[2].strip()}"
+        except KeyboardInterrupt:
+            message = "stopped by Ctrl-C"
+        except Exception:
             if not torch.distributed.is_initialized():
                 raise
-            lost = re.search("connection|broken pipe|socket closed|timed out", str(error), re.IGNORECASE)
-            leave(f"error: another process has stopped, and so does this: {error}" if lost else traceback.format_exc())
+            message = traceback.format_exc()
+        if torch.distributed.is_initialized():
+            print(message, file=sys.stderr, flush=True)
+            os._exit(1)  # at once: NCCL's clean-up can wait for the other processes, which wait for this one
+        raise SystemExit(message)
 
     return wrapped
-
-
-def leave(told: str) -> None:
-    """End this process with a message and status 1."""
-    if torch.distributed.is_initialized():
-        sys.stdout.flush()
-        print(told, file=sys.stderr, flush=True)
-        os._exit(1)  # at once: NCCL's clean-up can wait for the other processes, which wait for this one
-    raise SystemExit(told)
 
 
 DATASETS = {  # name -> its refs file under --data, beside instances.json, and split -> (refs, images)
@@ -88,12 +83,9 @@ DATASETS = {  # name -> its refs file under --data, beside instances.json, and s
     "refcocog-umd": ("refcocog/refs(umd).p", {"train": (42226, 21899), "val": (2573, 1300), "test": (5023, 2600)}),
     "refcocog-google": ("refcocog/refs(google).p", {"train": (44822, 24698), "val": (5000, 4650)}),
 }  # fmt: skip
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per RGB channel, on images in [0, 1]
-REACH = 1_000_000  # the longest outline of a polygon in pixels, walked from (0, 0) and back; it limits memory
 
 
 # Reading: pickles, masks, images
-
 
 codecs.register_error("as latin-1", lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end))
 
@@ -115,29 +107,20 @@ def read_refs(path: Path) -> list[dict]:
             refs = PlainUnpickler(io.BytesIO(content), encoding="utf-8", errors="as latin-1").load()
         if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
             raise ValueError("not a list of dicts")
-        values = [refs]  # grows while the loop reads it; by references, a small pickle can hold values without end
-        for value in values:
-            if isinstance(value, dict):
-                values += value.values()
-            elif isinstance(value, (list, tuple)):
-                values += value
-            if len(values) > len(content):
-                raise ValueError("more values than bytes")
         return refs
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """COCO segmentation -> bool [height, width], as COCO's own tools decode it.
 
-    A segmentation is a list of polygons [x0, y0, x1, y1, ..] in pixels, of RLEs, or of both; or one RLE {"size":
-    [h, w], "counts": ..}, with counts as a list or as COCO's compressed string. A list means the union of its parts.
-    Raises InputError if it is none of these, an RLE does not fill the image exactly, or a polygon is longer than REACH.
+    A segmentation is a list of polygons [x0, y0, x1, y1, ..] in pixels, of RLEs, or of both: the mask is their union.
+    Or it is one RLE {"size": [h, w], "counts": ..}, with counts as a list or as COCO's compressed string, which must
+    fill the image exactly. Any other raises an error of some class.
     """
-    with input_errors("it can't be drawn: it must be a list of polygons [x0, y0, ..] or RLEs"):
-        mask = np.zeros((height, width), dtype=bool)
-        for part in [segmentation] if isinstance(segmentation, dict) else segmentation:
-            mask |= (decode_rle if isinstance(part, dict) else fill_polygon)(part, height, width)
-        return mask
+    mask = np.zeros((height, width), dtype=bool)
+    for one in [segmentation] if isinstance(segmentation, dict) else segmentation:
+        mask |= (decode_rle if isinstance(one, dict) else fill_polygon)(one, height, width)
+    return mask
 
 
 def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> np.ndarray:
@@ -147,9 +130,6 @@ def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> 
     that crosses the middle of a pixel column toggles the column from there downwards.
     """
     points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-    length = np.abs(np.diff(points, axis=0, prepend=0, append=0)).max(axis=1).sum()  # from the origin round and back
-    if not length <= REACH:  # also if it is NaN
-        raise ValueError(f"a polygon's outline, from (0, 0) and back, is {length:.0f} pixels; the limit is {REACH}")
     start = (5 * points + 0.5).astype(np.int64)  # [P, 2]
     along = np.roll(start, -1, axis=0) - start  # the edges [P, 2]
     steps = np.abs(along).max(axis=1)
@@ -203,12 +183,10 @@ def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_image(path: str | Path, read: Callable = to_rgb):
-    """What `read` makes of an image file, by default upright RGB. Raises InputError if the file can't be read."""
-    if not Path(path).is_file():
-        raise InputError(f"there is no image {path}")
+def open_image(path: str | Path, upright: bool = True) -> Image.Image:
+    """An image file in RGB, see `to_rgb`. Raises InputError if it can't be read."""
     with input_errors(f"{path} can't be read as an image"):
-        return read(Image.open(path))
+        return to_rgb(Image.open(path), upright)
 
 
 def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
@@ -238,30 +216,28 @@ def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) 
 # The dataset
 
 
-def locate(name: str, data: Path) -> tuple[Path, list[Path]]:
-    """The refs file of a dataset and the folders in which its images may lie; draws the shapes if they are not there.
+def locate(name: str, data: Path) -> Path:
+    """The refs file of a dataset; draws the shapes if they are not there.
 
-    Args:
-        name: a key of DATASETS, a folder, or the refs file itself where a folder holds several.
+    name: a key of DATASETS, a folder, or the refs file itself where a folder holds several.
     """
     if name in DATASETS:
         refs = data / DATASETS[name][0]
         if name == "shapes" and not refs.parent.exists():
             generate_shapes(refs.parent)
-        return refs, [data / "images/train2014", data / "images/mscoco/images/train2014", refs.parent / "images"]
+        return refs
     refs = Path(name)
     if refs.is_dir():
         found = sorted([*refs.glob("refs*.p"), *refs.glob("refs.json")])
         if len(found) > 1:
             raise InputError(f"{name} holds several refs files; name one of them: {', '.join(map(str, found))}")
-        refs = found[0] if found else refs / "refs.json"
-    elif not refs.is_file():
+        return found[0] if found else refs / "refs.json"
+    if not refs.is_file():
         raise InputError(f"there is no dataset {name}: give a folder, a refs file or one of {', '.join(DATASETS)}")
-    images = refs.parent / "images"
-    return refs, sorted(images.glob("**/")) or [images]
+    return refs
 
 
-class Referred(NamedTuple):
+class ReferredObject(NamedTuple):
     """An object that sentences refer to, kept small, because loader processes may copy it."""
 
     ref_id: int
@@ -275,12 +251,17 @@ class Referred(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[str, list[Referred]], Path]:
-    """The objects of each split, grouped by image, and the folder of the images.
+def read_dataset(name: str, data: str, image_folder: str | None = None) -> tuple[dict[str, list[ReferredObject]], Path]:
+    """The objects of each split, an image's side by side, and the folder of the images.
 
     Ids and image sizes may be missing from files of one's own; they are filled in.
+
+    Args:
+        name: see `locate`.
+        data: the folder of the datasets that have a name.
+        image_folder: where the images are, if not where `locate` looks.
     """
-    refs_file, folders = locate(name, Path(data))
+    refs_file = locate(name, Path(data))
     instances_file = refs_file.with_name("instances.json")
     for file in (instances_file, refs_file):
         if not file.is_file():
@@ -294,11 +275,13 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
         annotations = {a["id"]: a["segmentation"] for a in instances.get("annotations", [])}
         place = {image_id: number for number, image_id in enumerate(entries)}
         refs = sorted(enumerate(refs), key=lambda pair: place.get(pair[1]["image_id"], -1))  # an image's side by side
-    folders = [Path(images)] if images else folders
+    coco = [Path(data) / "images/train2014", Path(data) / "images/mscoco/images/train2014"]
+    folders = [*sorted((refs_file.parent / "images").glob("**/")), *coco]  # below images/, as RRSIS-D has it
+    folders = [Path(image_folder)] if image_folder else [folder for folder in folders if folder.is_dir()]
+    if not folders:
+        raise InputError(f"there is no folder of images for {name}: say where they are with --image-folder DIR")
     sample = [str(image["file_name"]) for image in instances["images"][:20]]
     folder = max(folders, key=lambda folder: sum((folder / file).is_file() for file in sample))
-    if not folder.is_dir():
-        raise InputError(f"there is no image folder {folders[0]}: say where the images of {name} lie with --images DIR")
 
     objects, sentence_count = {}, 0
     for number, ref in refs:
@@ -308,13 +291,10 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
             segmentation = ref.get("segmentation") or annotations.get(ref.get("ann_id"))
             if image is None or segmentation is None:
                 raise ValueError(f"there is no image {ref['image_id']!r}, or no segmentation here or under its ann_id")
-            file = folder / image["file_name"]
-            if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
-                raise ValueError(f"its image name, {image['file_name']}, leads out of its folder")
             if "height" not in image:
-                image["width"], image["height"] = open_image(file, lambda opened: opened.size)
+                image["width"], image["height"] = Image.open(folder / image["file_name"]).size
             height, width = int(image["height"]), int(image["width"])
-            if min(height, width) < 1 or height * width > 2 * Image.MAX_IMAGE_PIXELS:
+            if min(height, width) < 1:
                 raise ValueError(f"its image cannot have {height} x {width} pixels")
             if not isinstance(ref["split"], str) or not re.fullmatch(r"\w[\w.+-]{0,50}", ref["split"]):
                 raise ValueError(f"its split must be a short name such as 'val', not {ref['split']!r}")
@@ -322,7 +302,7 @@ def read_dataset(name: str, data: str, images: str | None = None) -> tuple[dict[
             sentences = [one if isinstance(one, dict) else {"raw": one} for one in sentences]
             if not sentences or not all(isinstance(one["raw"], str) for one in sentences):  # blank ones are kept
                 raise ValueError("its sentences must be a list of one or more texts")
-            item = Referred(
+            item = ReferredObject(
                 ref_id, ref["image_id"], image["file_name"], height, width,
                 json.dumps(segmentation, default=bytes.decode).encode(),
                 [one.get("sent_id", sentence_count + i) for i, one in enumerate(sentences)],
@@ -342,23 +322,19 @@ class RefDataset(torch.utils.data.Dataset):
     Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
     int64 [T] (T: tokens of the split's longest sentence), "index" the number of the sentence in `expressions`.
 
-    Args:
-        name: see `locate`.
-        data: the folder of the known datasets.
-        images: the folder of the images, if not where `locate` looks.
-        tokenizer: without one, items have no tokens.
+    name, data and image_folder: see `read_dataset`. Without a tokenizer, items have no tokens.
     """
 
     def __init__(
-        self, name: str, split: str, data: str | Path = "data", images: str | None = None,
+        self, name: str, split: str, data: str | Path = "data", image_folder: str | None = None,
         tokenizer: BertTokenizer | None = None, max_tokens: int = 21, image_size: int = 480, training: bool = False,
         seed: int = 0,
     ):  # fmt: skip
         self.name, self.split = name, split
-        objects, self.folder = read_dataset(name, str(data), images)
+        objects, self.folder = read_dataset(name, str(data), image_folder)
         if split not in objects:
-            told = f"{name} has no split {split!r}; it has {', '.join(objects) or 'none'}"
-            raise InputError(f"{told}. Refs to train on have the split 'train', those to validate on 'val'")
+            message = f"{name} has no split {split!r}; it has {', '.join(objects) or 'none'}"
+            raise InputError(f"{message}. Refs to train on have the split 'train', those to validate on 'val'")
         self.objects = objects[split]
         self.expressions = [text for item in self.objects for text in item.sentences]
         self.owners = [number for number, item in enumerate(self.objects) for _ in item.sentences]  # in `objects`
@@ -375,8 +351,8 @@ class RefDataset(torch.utils.data.Dataset):
         if self.training:
             epoch, number = key
             index = int(np.random.default_rng((self.seed, epoch, number)).integers(*self.first[number : number + 2]))
-        if self.decoded[0] != self.object(index).image_id:
-            self.decoded = self.object(index).image_id, to_input(self.image(index), self.image_size)
+        if self.decoded[0] != self.object_of(index).image_id:
+            self.decoded = self.object_of(index).image_id, to_input(self.image(index), self.image_size)
         mask = Image.fromarray(self.mask(index)).resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
         # an augmentation would stand here: it must change the mask like the image, and leave self.decoded as it is
         tokens = {name: values[index] for name, values in self.tokens.items()}
@@ -384,11 +360,11 @@ class RefDataset(torch.utils.data.Dataset):
 
     def ids(self, index: int) -> dict:
         """{"ref_id", "sent_id", "image_id", "expression"} of sentence `index`, for logs."""
-        item = self.object(index)
+        item = self.object_of(index)
         ids = {"ref_id": item.ref_id, "sent_id": item.sent_ids[index - self.first[self.owners[index]]]}
         return {**ids, "image_id": item.image_id, "expression": self.expressions[index]}
 
-    def object(self, index: int) -> Referred:
+    def object_of(self, index: int) -> ReferredObject:
         """The object that sentence `index` names."""
         return self.objects[self.owners[index]]
 
@@ -397,43 +373,18 @@ class RefDataset(torch.utils.data.Dataset):
 
         Raises InputError if height / width differs by more than 10 %.
         """
-        item = self.object(index)
-        file = self.folder / item.file_name
-        image = open_image(file, read=lambda opened: to_rgb(opened, upright=False))  # COCO's masks fit it as stored
+        item = self.object_of(index)
+        image = open_image(self.folder / item.file_name, upright=False)  # COCO's masks fit it as stored
         if abs(image.width / image.height * item.height / item.width - 1) > 0.1:
-            found, said = f"{image.height} x {image.width}", f"{item.height} x {item.width}"
-            raise InputError(f"{item.file_name} is {found}, but instances.json says {said}: its mask would not fit")
+            sizes = f"is {image.width} x {image.height}, but instances.json says {item.width} x {item.height}"
+            raise InputError(f"{item.file_name} {sizes}: its mask would not fit")
         return image
 
     def mask(self, index: int) -> np.ndarray:
         """The target of sentence `index`, bool at the size that instances.json gives."""
-        item = self.object(index)
-        try:
+        item = self.object_of(index)
+        with input_errors(f"ref {item.ref_id} of {self.name} is no list of polygons [x0, y0, ..] or RLEs"):
             return rasterize(json.loads(item.segmentation), item.height, item.width)
-        except InputError as error:
-            raise InputError(f"ref {item.ref_id} of {self.name}: {error}") from None
-
-
-def load_batches(dataset: RefDataset, batches, workers: int, device: torch.device):
-    """An iterator over the batches, which are lists of items or a batch sampler."""
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # so that loading does not advance torch's global one
-        # not by the fork server of Python 3.14, which torchrun's SIGTERM would end
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        worker_init_fn=shield_from_signals,
-    )  # fmt: skip
-    gc.collect()
-    gc.freeze()  # else the workers' garbage collector would write to, and so copy, every object that exists now
-    iterator = iter(loader)
-    gc.unfreeze()
-    return iterator
-
-
-def shield_from_signals(worker: int) -> None:
-    """Put a loader process in a group of its own: Ctrl-C and torchrun's SIGTERM, sent to groups, must not end it."""
-    if hasattr(os, "setpgid"):  # not on Windows
-        os.setpgid(0, 0)
 
 
 # Pictures, and the check before a long run
@@ -449,8 +400,8 @@ def overlay(image: Image.Image, mask: np.ndarray | torch.Tensor, color: tuple[in
     return shown
 
 
-def sheet(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]], side: int = 240) -> None:
-    """Write rows of (title, [(caption, tile), ..]) to a PNG, the tiles squeezed to squares."""
+def save_grid(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]], side: int = 240) -> None:
+    """Write a PNG of rows (title, [(caption, tile), ..]), the tiles squeezed to squares."""
     gap, line = 10, 22
     pitch = 2 * line + side + gap
     width = gap + max(len(tiles) for _, tiles in rows) * (side + gap)
@@ -465,16 +416,14 @@ def sheet(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]], sid
     canvas.save(path)
 
 
-def check(name: str, data: str = "data", every_image: bool = False, images: str | None = None) -> bool:
+def check(name: str, data: str = "data", image_folder: str | None = None, every_image: bool = False) -> bool:
     """Print which parts of a dataset are on disk and what is wrong, and draw 12 samples; True if nothing is wrong.
 
     every_image: decode the image and draw the mask of every object, not of a sample of 200.
     """
-    splits, folder = read_dataset(name, data, images)  # raises what training would raise
-    wrong = []
-
+    splits, folder = read_dataset(name, data, image_folder)  # raises what training would raise
     print(f"{name}; images in {folder}")
-    sizes = DATASETS[name][1] if name in DATASETS else {}
+    wrong, sizes = [], DATASETS[name][1] if name in DATASETS else {}
     for split in dict.fromkeys([*sizes, "train", "val", *splits]):
         items = splits.get(split, [])
         found = len(items), len({item.image_id for item in items})
@@ -483,35 +432,34 @@ def check(name: str, data: str = "data", every_image: bool = False, images: str 
             wrong.append(f"{split}: WRONG, not {sizes[split]}")
         elif not items:
             wrong.append(f"{split}: MISSING, and needed to train")
-    datasets = [RefDataset(name, split, data, images) for split in splits]
-    print(f"blank sentences: {sum(not text for dataset in datasets for text in dataset.expressions)}")
+    datasets = [RefDataset(name, split, data, image_folder) for split in splits]
+    blank = sum(not text for dataset in datasets for text in dataset.expressions)
     missing = {one.file_name for items in splits.values() for one in items if not (folder / one.file_name).is_file()}
-    print(f"image files missing: {len(missing)}")
+    print(f"blank sentences: {blank}; image files missing: {len(missing)}")
     wrong += [f"missing: {file}" for file in sorted(missing)[:5]]
 
-    objects = [(d, int(first)) for d in datasets for first in d.first[:-1] if d.object(first).file_name not in missing]
-    np.random.default_rng(0).shuffle(objects)
-    objects = objects if every_image else objects[:200]
-    broken, samples, empty = [], [], 0
-    for dataset, index in tqdm(objects, desc="decoding", unit="object", disable=None):
+    samples = [(d, i) for d in datasets for i in d.first[:-1] if d.object_of(i).file_name not in missing]
+    np.random.default_rng(0).shuffle(samples)
+    samples = samples if every_image else samples[:200]
+    broken, tiles, empty = [], [], 0
+    for dataset, index in tqdm(samples, desc="decoding", unit="object", disable=None):
         try:
             image, mask = dataset.image(index), dataset.mask(index)
         except InputError as error:
             broken.append(f"broken: {error}")
             continue
         empty += not mask.any()
-        if len(samples) < 12:
-            samples.append([(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))])
-    print(f"decoded: {len(objects)} images and masks{'' if every_image else ' (--all: all)'}; broken: {len(broken)}")
+        if len(tiles) < 24:
+            tiles += [(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))]
+    print(f"decoded: {len(samples)} images and masks{'' if every_image else ' (--all: all)'}; broken: {len(broken)}")
     print(f"masks without a pixel: {empty}")
-    wrong += broken[:5]
-    print("\n".join(wrong) or "nothing wrong was found")
-    if samples:
-        path = Path("runs") / f"check-{Path(name).resolve().name}.png"
-        path.parent.mkdir(exist_ok=True)
-        sheet(path, [("", sum(samples[i : i + 3], [])) for i in range(0, len(samples), 3)])
-        print(f"{len(samples)} samples with their masks: {path}")
-    return not wrong
+    print("\n".join(wrong + broken[:5]) or "nothing wrong was found")
+    if tiles:
+        picture = Path("runs") / f"check-{Path(name).resolve().name}.png"
+        picture.parent.mkdir(exist_ok=True)
+        save_grid(picture, [("", tiles[i : i + 6]) for i in range(0, len(tiles), 6)])
+        print(f"{len(tiles) // 2} samples with their masks: {picture}")
+    return not (wrong or broken)
 
 
 @command_line
@@ -519,10 +467,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", required=True, metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder")
     parser.add_argument("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
-    parser.add_argument("--images", metavar="DIR", help="the folder of the images, if not where the dataset keeps them")
+    parser.add_argument("--image-folder", metavar="DIR", help="where the images are, if not where the README says")
     parser.add_argument("--all", action="store_true", help="decode every image and mask, not a sample of 200")
     args = parser.parse_args(argv)
-    if not check(args.check, args.data, args.all, args.images):
+    if not check(args.check, args.data, args.image_folder, args.all):
         raise SystemExit(1)
 
 
@@ -600,8 +548,7 @@ def sample_scene(rng: np.random.Generator) -> list[dict]:
 def describe(objects: list[dict], target: dict, kind: str) -> list[list[str]]:
     """Pairs of sentences of a kind that fit `target` and nothing else here; places and relations hold by MARGIN."""
 
-    def names(item):
-        """Each name that fits the item, and all objects that it fits."""
+    def names(item):  # each name that fits the item, and all objects that it fits
         for phrase in PHRASES:
             name = phrase.format(**item)
             yield name, [o for o in objects if phrase.format(**o) == name]
@@ -647,8 +594,8 @@ def draw_scene(objects: list[dict], rng: np.random.Generator) -> Image.Image:
 
 def generate_shapes(folder: Path, seed: int = 0, scenes: dict = SCENES) -> None:
     """Write the shapes dataset in REFER's format; the same seed gives the same bytes."""
-    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")  # a run that is stopped here leaves no half dataset
-    (part / "images").mkdir(parents=True)
+    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")  # a kill leaves no half dataset
+    (unfinished / "images").mkdir(parents=True)
     print(f"drawing the shapes dataset into {folder}", flush=True)
     images, annotations, refs = [], [], []
     todo = [(number, split, scene) for number, split in enumerate(scenes) for scene in range(scenes[split][0])]
@@ -658,34 +605,33 @@ def generate_shapes(folder: Path, seed: int = 0, scenes: dict = SCENES) -> None:
         while targets is None:
             objects = sample_scene(rng)
             targets = choose_targets(objects, scenes[split][1], rng)
-        image = {"id": len(images), "file_name": f"{len(images):06d}.jpg", "height": CANVAS, "width": CANVAS}
-        images.append(image)
-        draw_scene(objects, rng).save(part / "images" / image["file_name"], quality=92)
-        first = len(annotations)
+        file_name, first = f"{len(images):06d}.jpg", len(annotations)
+        draw_scene(objects, rng).save(unfinished / "images" / file_name, quality=92)
+        image_id = {"image_id": len(images)}
         for item in objects:
             annotations.append({
-                "id": len(annotations), "image_id": image["id"], "category_id": 1 + list(SHAPES).index(item["shape"]),
+                "id": len(annotations), **image_id, "category_id": 1 + list(SHAPES).index(item["shape"]),
                 "segmentation": [item["polygon"].ravel().tolist()],
                 "attributes": {name: item[name] for name in ("shape", "color", "size")},
             })  # fmt: skip
         for position, texts in targets:
-            annotation = annotations[first + position]
             ids = [2 * len(refs), 2 * len(refs) + 1]
             sentences = [{"sent_id": i, "sent": one, "raw": one, "tokens": one.split()} for i, one in zip(ids, texts)]
             refs.append({
-                "ref_id": len(refs), "ann_id": annotation["id"], "image_id": image["id"], "split": split,
-                "category_id": annotation["category_id"], "file_name": image["file_name"],
+                "ref_id": len(refs), "ann_id": first + position, **image_id, "split": split,
+                "category_id": annotations[first + position]["category_id"], "file_name": file_name,
                 "sent_ids": ids, "sentences": sentences,
             })  # fmt: skip
+        images.append({"id": len(images), "file_name": file_name, "height": CANVAS, "width": CANVAS})
     categories = [{"id": 1 + i, "name": shape} for i, shape in enumerate(SHAPES)]
     instances = {"info": {"seed": seed}, "images": images, "annotations": annotations, "categories": categories}
-    (part / "instances.json").write_text(json.dumps(instances))
+    (unfinished / "instances.json").write_text(json.dumps(instances))
     refs = json.loads(json.dumps(refs))  # copies: pickle would write objects that repeat as references
-    (part / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
+    (unfinished / "refs(shapes).p").write_bytes(pickle.dumps(refs, protocol=2))
     if folder.exists():  # another run was faster
-        shutil.rmtree(part)
+        shutil.rmtree(unfinished)
     else:
-        part.rename(folder)
+        unfinished.rename(folder)
 
 
 def choose_targets(objects: list[dict], kinds: tuple[str, ...], rng: np.random.Generator) -> list | None:

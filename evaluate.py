@@ -1,4 +1,4 @@
-"""Scores, pictures, and masks for one's own photographs.
+"""Scores, pictures, and masks for one's own images.
 
     python evaluate.py --split val testA testB           the newest run, as the paper's Table 5
     python evaluate.py --split val --shuffle-expressions does the model listen to the words?
@@ -13,22 +13,24 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch.utils.data import BatchSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, default_collate
 from tqdm import tqdm
 from transformers import BertTokenizer
 
 from data import (
-    DATASETS, GREEN, MEAN, RED, STD, WHITE, InputError, RefDataset, command_line, input_errors, load_batches,
-    open_image, overlay, sheet, to_input, to_rgb, tokenize,
+    DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, input_errors, open_image, overlay, save_grid,
+    to_input, to_rgb, tokenize,
 )  # fmt: skip
-from model import VEGA, VEGAConfig, newest_run, read_checkpoint, restore
+from model import VEGA, VEGAConfig, load_model, model_file, newest_run, read_about
 from selection import RATIOS, VARIANTS
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -100,33 +102,49 @@ def resolve_precision(precision: str | None, device: torch.device) -> str:
 
 
 def gather(value) -> list:
-    """The value of each process, by rank. Every process must call it together."""
+    """The value of each process, by rank. Every process must call it; none returns before all have called."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def model_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The arguments of VEGA's forward from a batch of RefDataset, on the device, where images are standardised."""
-    names = ("image", "input_ids", "attention_mask")
-    image, input_ids, attention_mask = (batch[name].to(device, non_blocking=True) for name in names)
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
-    return (image / 255 - mean) / std, input_ids, attention_mask
+def wait_for_all() -> None:
+    gather(None)
 
 
-# Masks of photographs
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+
+
+def load_batches(dataset: RefDataset, batches, workers: int, device: torch.device):
+    """An iterator over the batches, which are lists of the dataset's items."""
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # so that loading does not advance torch's global one
+        # fork shares the dataset's memory; the fork server, Python 3.14's default, would copy it
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )  # fmt: skip
+    return iter(loader)
+
+
+# Masks of one's own images
+
+
+def load(source: str | Path, device: str | None = None, precision: str = "fp32") -> "Segmenter":
+    """A trained model, from a file or a run's folder: segment = load(source), mask = segment(image, expression)."""
+    model, tokenizer = load_model(source)
+    return Segmenter(model.to(pick_device(device)), tokenizer, precision)
 
 
 class Segmenter:
-    """A trained model for one's own pictures: segment = load(checkpoint), mask = segment(image, expression)."""
+    """A model and its tokenizer, for images and expressions as people have them."""
 
-    def __init__(self, checkpoint: str | Path, device: str | None = None, precision: str = "fp32"):
-        self.device, self.precision = pick_device(device), precision
-        self.model, self.tokenizer = restore(read_checkpoint(checkpoint), self.device)
+    def __init__(self, model: VEGA, tokenizer: BertTokenizer, precision: str = "fp32"):
+        self.model, self.tokenizer, self.precision = model, tokenizer, precision
 
     def __call__(self, image: Image.Image | str | Path, expression: str) -> np.ndarray:
-        """The pixels that the expression names: bool [height, width] at the image's own size."""
+        """The image's pixels that the expression names: bool [height, width] at the image's own size."""
         return self.logits(image, [expression])[0] > 0
 
     @torch.inference_mode()
@@ -138,12 +156,44 @@ class Segmenter:
         expressions = [expression.encode(errors="replace").decode() for expression in expressions]
         batch = tokenize(self.tokenizer, expressions, self.model.config.max_tokens)
         batch["image"] = to_input(image, self.model.config.image_size).expand(len(expressions), -1, -1, -1)
-        with autocast(self.device, self.precision):
-            logits = self.model(*model_inputs(batch, self.device))["logits"]
+        device = self.model.mean.device
+        batch = to_device(batch, device)
+        with autocast(device, self.precision):
+            logits = self.model(batch["image"], batch["input_ids"], batch["attention_mask"])["logits"]
         return F.interpolate(logits[:, None], (image.height, image.width), mode="bilinear")[:, 0].cpu().numpy()
 
 
-load = Segmenter
+def segment_images(segment: Segmenter, given: list[str], expressions: list[str], folder: Path) -> None:
+    """Write each expression's mask and overlay, and a picture of all, to a folder. given: images, and folders of them."""
+    images, broken = [], []
+    for path in map(Path, given):
+        inside = sorted(one for one in path.glob("[!.]*") if one.suffix.lower() in Image.registered_extensions())
+        images += inside or [path]
+    if len({path.name for path in images}) < len(images) or folder.resolve() in [p.parent.resolve() for p in images]:
+        raise InputError(f"two images have the same name, or one lies in {folder}, where the masks go")
+
+    for expression in expressions:
+        if segment.tokenizer.unk_token in segment.tokenizer.tokenize(expression.encode(errors="replace").decode()):
+            print(f"note: the model has never seen some word of {expression!r}")
+    for path in tqdm(images, unit="image", disable=None):
+        try:
+            image = open_image(path)
+        except InputError as error:
+            broken.append(str(error))
+            continue
+        masks = segment.logits(image, expressions) > 0
+        folder.mkdir(exist_ok=True)
+        tiles = [("", image)]
+        for number, (expression, mask) in enumerate(zip(expressions, masks), 1):
+            slug = re.sub(r"\W+", "-", expression.lower()).strip("-")[:40]
+            written = folder / f"{path.name}-{number}-{slug}.png"
+            tiles.append((expression, overlay(image, mask, RED)))
+            tiles[-1][1].save(written)
+            Image.fromarray(mask).convert("L").save(written.with_suffix(".mask.png"))
+            tqdm.write(f"{expression!r} covers {100 * mask.mean():.1f} % of {path}; the overlay is {written}")
+        save_grid(folder / f"{path.name}-all.png", [(path.name, tiles)])
+    if broken:
+        raise InputError(f"{len(broken)} of {len(images)} images were left out: " + "\n".join(broken))
 
 
 # Scores
@@ -175,7 +225,7 @@ class Metrics:
         return {**scores, "samples": len(ious)}
 
 
-def of_paper(config: VEGAConfig, dataset: str, split: str) -> dict:
+def paper_scores(config: VEGAConfig, dataset: str, split: str) -> dict:
     """The paper's scores of a base model with this variant and ratio, as `Metrics.compute` names them; may be empty."""
     rows = {("refcoco", "val", name, 0.3): (v.mIoU, v.oIoU) for name, v in VARIANTS.items() if v.oIoU}
     rows |= {("refcoco", "val", "vega", ratio): scores for ratio, scores in RATIOS.items()}
@@ -184,19 +234,19 @@ def of_paper(config: VEGAConfig, dataset: str, split: str) -> dict:
     return dict(zip(reversed(COLUMNS), reversed(scores)))
 
 
-def word_measures(output: dict, attention_mask: torch.Tensor) -> list[dict]:
-    """Do words select for themselves? Of each sentence, from VEGA's output and attention_mask [B, T]:
+def word_measures(output: dict, attention_mask: torch.Tensor, selectors: str) -> list[dict]:
+    """Do words select for themselves? Of each sentence, from VEGA's output, attention_mask [B, T] and who selects:
 
     "token cosine": the mean cosine between two of its tokens after BERT; at 1 they are one vector, repeated.
     "pixels shared with CLS": of the pixels that a word selects, the per cent that [CLS] selects too, averaged over
-        the words ([SEP] does not count). Left out of a variant whose words, or whose [CLS], do not select.
+        the words ([SEP] does not count). Left out unless all tokens select.
     """
-    real = attention_mask.to(output["tokens"].device, torch.float32)  # [B, T]
+    real = attention_mask.float()  # [B, T]
     count = real.sum(1)  # [CLS] and [SEP] at least
     total = (F.normalize(output["tokens"].float(), dim=-1) * real[..., None]).sum(1)  # [B, D]
     measures = {"token cosine": (total.square().sum(-1) - count) / (count * (count - 1))}  # all pairs of two
-    S, M = output["selection"].S, output["selection"].M
-    if S is not None and S.shape[1] == real.shape[1] and S[:, 0].any():
+    if selectors == "all":
+        M = output["selection"].M
         shared = 100 * (M * M[:, :1]).sum(-1) / M.sum(-1).clamp(min=1)  # [B, T]
         words = F.pad(real[:, 2:], (1, 1))  # [B, T] 1 for each token that is neither the first nor the last
         measures["pixels shared with CLS"] = (shared * words).sum(1) / words.sum(1).clamp(min=1)
@@ -210,7 +260,7 @@ def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     many places as the largest image has sentences, so that each lands in another image.
     """
     rng = np.random.default_rng(seed)
-    images = itertools.groupby(range(len(dataset)), lambda index: dataset.object(index).image_id)
+    images = itertools.groupby(range(len(dataset)), lambda index: dataset.object_of(index).image_id)
     images = [rng.permutation(list(indices)) for _, indices in images]
     rng.shuffle(images)
     longest = max(map(len, images))
@@ -237,10 +287,11 @@ def evaluate(
     batches = list(BatchSampler(range(len(dataset)), BATCH_SIZE, drop_last=False))[rank() :: world()]  # dealt whole
     loader = load_batches(dataset, batches, workers, device)
     for batch in tqdm(loader, dataset.split, len(batches), leave=False, unit="batch", disable=bool(rank()) or None):
+        batch = to_device(batch, device)
         with autocast(device, precision):
-            output = model(*model_inputs(batch, device))
-        masks, measures = batch["mask"].to(device), word_measures(output, batch["attention_mask"])
-        for index, logits, mask, measure in zip(batch["index"].tolist(), output["logits"], masks, measures):
+            output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
+        measures = word_measures(output, batch["attention_mask"], model.vis.selectors)
+        for index, logits, mask, measure in zip(batch["index"].tolist(), output["logits"], batch["mask"], measures):
             if resolution == "original":
                 mask = torch.from_numpy(dataset.mask(index)).to(device)
                 logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
@@ -249,33 +300,75 @@ def evaluate(
     return metrics
 
 
+def score_splits(model: VEGA, tokenizer: BertTokenizer, options, device: torch.device, folder: Path) -> dict:
+    """Evaluate the splits; print a table, with the paper's scores, where it has some, under a base model's own.
+
+    options: the settings of the training and the flags of this script, as attributes. folder: for the pictures.
+    Returns split -> scores, see `Metrics.compute`.
+    """
+    config, scores, lines = model.config, {}, []
+    for split in options.split:
+        dataset = RefDataset(
+            options.dataset, split, options.data, options.image_folder, tokenizer, config.max_tokens, config.image_size
+        )
+        if options.shuffle_expressions:
+            shuffle_expressions(dataset)
+        metrics = evaluate(model, dataset, device, options.precision, options.workers, options.resolution)
+        scores[split] = metrics.compute()
+        for sample in metrics.samples:
+            counts = {name: sample[name] for name in ("iou", "intersection", "union")}
+            lines.append(json.dumps({"split": split, **dataset.ids(sample["index"]), **counts}))
+        if options.pictures and rank() == 0:
+            label = split + "-shuffled" * options.shuffle_expressions
+            draw_pictures(model, tokenizer, dataset, metrics, device, folder, label, options.pictures)
+    if rank():
+        return scores
+    print(f"{'Dataset':<16}{'split':<8}" + "".join(f"{column:>8}" for column in COLUMNS))
+    comparable = options.model == "base" and not options.shuffle_expressions and options.resolution == "input"
+    for split, measured in scores.items():
+        paper = paper_scores(config, options.dataset, split) if comparable else {}
+        difference = {column: measured[column] - paper[column] for column in paper}
+        rows = ((options.dataset, split, measured), ("paper", "", paper), ("difference", "", difference))
+        for first, second, row in rows[: 3 if paper else 1]:
+            cells = "".join(f"{row[column]:>8.2f}" if column in row else " " * 8 for column in COLUMNS)
+            print(f"{first:<16}{second:<8}{cells}")
+    if options.pictures:
+        print(f"pictures: {folder / '{pictures,words,expressions,ratios}-*.png'}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(scores, indent=2))
+    if options.per_sample:
+        Path(options.per_sample).write_text("\n".join(lines) + "\n")
+    return scores
+
+
 # Pictures
 
 
 @torch.no_grad()
-def pictures(
+def draw_pictures(
     model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, metrics: Metrics, device: torch.device, folder: Path,
     name: str, count: int,
 ) -> None:  # fmt: skip
-    """Write up to four sheets; no sample is chosen by hand. metrics: of the whole split.
+    """Write up to four pictures; no sample is chosen by hand. metrics: of the whole split.
 
     pictures-NAME.png     `count` samples at even distances: image, ground truth, prediction, how similar each pixel is
                           to [CLS] (bright: most), the pixels that [CLS] selected
-    words-NAME.png        the pixels that each token selected (the paper's Figure 3), in the sample whose words share
-                          fewest with [CLS], and its features in the plane (Figure 5)
-    expressions-NAME.png  the image in the middle under each expression of its objects (Figures 7 and 9: of one object)
+    words-NAME.png        the pixels that each token selected (as in Figure 3), in the sample whose words share fewest
+                          with [CLS], and its features in the plane (Figure 5)
+    expressions-NAME.png  the image in the middle under each expression of all its objects (Figures 7 and 9: of one)
     ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4). Not
                           written if no token selects; without top-k the rows are the same
     """
 
-    def look(index: int) -> tuple[str, list]:
-        """A sample's title and tiles: those of the first sheet, one for each token after [CLS], the plane."""
+    def draw_sample(index: int) -> tuple[str, list]:
+        """A sample's title and tiles: those of pictures-NAME.png, one for each token after [CLS], the plane."""
         item, image = dataset[index], dataset.image(index)
-        output = model(*model_inputs(default_collate([item]), device))
+        batch = to_device(default_collate([item]), device)
+        output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
         truth = overlay(image, item["mask"], GREEN)
         prediction = overlay(image, (output["logits"][0] > 0).cpu(), RED)
         tiles = [("image", image), ("ground truth", truth), ("prediction", prediction)]
-        if output["selection"].M is not None:  # of a variant that selects
+        if model.vis.selectors != "none":
             heat = output["similarity"][0].cpu()
             M = output["selection"].M[0].bool().cpu().unflatten(1, heat.shape)
             heat = 255 * (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
@@ -288,25 +381,25 @@ def pictures(
         return f"{dataset.expressions[index]}   (IoU {100 * metrics.samples[index]['iou']:.0f})", tiles
 
     spread = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist()
-    middle = dataset.object(len(dataset) // 2).image_id
-    of_one_image = [i for i in range(len(dataset)) if dataset.object(i).image_id == middle]
+    middle = dataset.object_of(len(dataset) // 2).image_id
+    of_one_image = [i for i in range(len(dataset)) if dataset.object_of(i).image_id == middle]
     for view, indices in (("pictures", spread), ("expressions", of_one_image)):
-        sheet(folder / f"{view}-{name}.png", [(title, tiles[:5]) for title, tiles in map(look, indices)])
+        save_grid(folder / f"{view}-{name}.png", [(title, tiles[:5]) for title, tiles in map(draw_sample, indices)])
 
     shared = "pixels shared with CLS"
     least = min(metrics.samples, key=lambda sample: sample["measures"].get(shared, 0))
-    title, tiles = look(least["index"])
+    title, tiles = draw_sample(least["index"])
     if shared in least["measures"]:
         title += f"   {least['measures'][shared]:.0f} % of a word's pixels are [CLS]'s too"
-    sheet(folder / f"words-{name}.png", [(title * (i == 0), tiles[i : i + 5]) for i in range(0, len(tiles), 5)])
+    save_grid(folder / f"words-{name}.png", [(title * (i == 0), tiles[i : i + 5]) for i in range(0, len(tiles), 5)])
 
-    rows, trained = [], model.vis.ratio
-    for ratio in (0.1, 0.3, 0.5, 0.8):
-        model.vis.ratio = ratio
-        rows.append((f"ratio {ratio}", look(len(dataset) // 2)[1][:5]))
-    model.vis.ratio = trained
-    if len(rows[0][1]) == 5:  # of a variant that selects
-        sheet(folder / f"ratios-{name}.png", rows)
+    if model.vis.selectors != "none":
+        rows, trained = [], model.vis.ratio
+        for ratio in (0.1, 0.3, 0.5, 0.8):
+            model.vis.ratio = ratio
+            rows.append((f"ratio {ratio}", draw_sample(len(dataset) // 2)[1][:5]))
+        model.vis.ratio = trained
+        save_grid(folder / f"ratios-{name}.png", rows)
 
 
 def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Image:
@@ -337,125 +430,57 @@ def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Im
 # The command
 
 
-def common_flags(parser: argparse.ArgumentParser, dataset: str, data: str, precision: str) -> None:
-    """Add the flags that train.py and evaluate.py share. dataset, data, precision: their defaults, for the help."""
-    flag = parser.add_argument_group("data and device").add_argument
-    flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder in REFER's format; default: {dataset}")
-    flag("--data", metavar="DIR", help=f"where the known datasets are (default: {data})")
-    flag("--images", metavar="DIR", help="where the dataset's images are, if not where the README says")
-    flag("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    flag("--precision", choices=("fp32", "bf16"), help=f"default: {precision}")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None) -> dict:
+    """The flags that were typed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)  # fmt: skip
     flag = parser.add_argument
     # fmt: off
-    flag("--checkpoint", metavar="FILE", help="default: best.pt of the newest run under runs/")
+    flag("--checkpoint", metavar="MODEL", help="a model's file, or a run's folder (default: the newest run)")
     flag("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
-    flag("--resolution", choices=("input", "original"), default="input",
-         help="compare masks at the model's input size (as LAVT) or at the image's own")
+    flag("--resolution", choices=("input", "original"),
+         help="compare masks at the model's input size (default, as LAVT) or at the image's own")
     flag("--json", metavar="FILE", help="write the scores of each split to this file, too")
     flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU and its counts")
-    flag("--pictures", type=int, default=0, metavar="N",
-         help="draw N samples of each split, what each word selects, and more, beside the checkpoint")
+    flag("--pictures", type=int, metavar="N",
+         help="draw N samples of each split, what each word selects, and more, beside the model's file")
     flag("--shuffle-expressions", action="store_true", help="give each sample the expression of another image")
-    flag("--image", nargs="+", metavar="FILE", help="segment these photographs, or a folder's, instead of a dataset")
+    flag("--image", nargs="+", metavar="FILE", help="segment these images, or a folder's, instead of a dataset")
     flag("--expression", nargs="+", metavar="TEXT", help="what to segment in them, one or more")
+    flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder (default: the one of the training)")
+    flag("--data", metavar="DIR", help="where the datasets with a name are (default: as in training)")
+    flag("--image-folder", metavar="DIR", help="where the dataset's images are, if not where the README says")
+    flag("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    flag("--precision", choices=("fp32", "bf16"), help="default: as in training; fp32 with --image")
     # fmt: on
-    common_flags(parser, "the one that the checkpoint was trained on", "the run's", "the run's; fp32 with --image")
-    args = parser.parse_args(argv)
-    if bool(args.image) != bool(args.expression):
+    typed = vars(parser.parse_args(argv))
+    if ("image" in typed) != ("expression" in typed):
         parser.error("--image and --expression go together")
-    if args.expression and not all(expression.strip() for expression in args.expression):
-        parser.error("an expression is empty: say what to segment, such as 'the man on the left'")
-    for name in "split dataset images pictures json per_sample shuffle_expressions".split():
-        if args.image and getattr(args, name):
-            parser.error(f"--{name.replace('_', '-')} does nothing with --image: leave one of them out")
-    if args.pictures < 0:
-        parser.error(f"--pictures is {args.pictures}, but must be at least 0")
-    for file in filter(None, (args.json, args.per_sample)):  # before the work, not after it
-        if not Path(file).parent.is_dir():
-            parser.error(f"there is no folder {Path(file).parent} to write {file} to")
-    return args
-
-
-def segment_photographs(checkpoint: Path, args: argparse.Namespace) -> None:
-    """Write each expression's mask and overlay, and a sheet of all, to photographs/ beside the checkpoint."""
-    folder, files, broken = checkpoint.parent / "photographs", [], []
-    for given in map(Path, args.image):
-        inside = sorted(path for path in given.glob("[!.]*") if path.suffix.lower() in Image.registered_extensions())
-        files += inside or [given]
-    if len({file.name for file in files}) < len(files) or folder.resolve() in [file.parent.resolve() for file in files]:
-        raise InputError(f"two photographs have the same name, or one lies in {folder}, where the masks go")
-
-    segment = Segmenter(checkpoint, args.device, args.precision or "fp32")
-    for expression in args.expression:
-        if segment.tokenizer.unk_token in segment.tokenizer.tokenize(expression.encode(errors="replace").decode()):
-            print(f"note: the model has never seen some word of {expression!r}")
-    for file in tqdm(files, unit="photograph", disable=None):
-        try:
-            image = open_image(file)
-            masks = segment.logits(image, args.expression) > 0
-            folder.mkdir(exist_ok=True)
-            tiles = [("", image)]
-            for number, (expression, mask) in enumerate(zip(args.expression, masks), 1):
-                slug = re.sub(r"\W+", "-", expression.lower()).strip("-")[:40]
-                path = folder / f"{file.name}-{number}-{slug}.png"
-                tiles.append((expression, overlay(image, mask, RED)))
-                tiles[-1][1].save(path)
-                Image.fromarray(mask).convert("L").save(path.with_suffix(".mask.png"))
-                tqdm.write(f"{expression!r} covers {100 * mask.mean():.1f} % of {file}; the overlay is {path}")
-            sheet(folder / f"{file.name}-sheet.png", [(file.name, tiles)])
-        except (InputError, OSError) as error:
-            broken.append(str(error))
-    if broken:
-        raise InputError(f"{len(broken)} of {len(files)} photographs were left out: " + "\n".join(broken))
+    for name in {"json", "per_sample"} & typed.keys():  # before the work, not after it
+        if not Path(typed[name]).parent.is_dir():
+            parser.error(f"there is no folder {Path(typed[name]).parent} to write {typed[name]} to")
+    return typed
 
 
 @command_line
 def main(argv: list[str] | None = None) -> dict | None:
-    args = parse(argv)
-    checkpoint_file = Path(args.checkpoint) if args.checkpoint else newest_run("best.pt")
-    if args.image:
-        return segment_photographs(checkpoint_file, args)
-    device = start_processes(args.device)
-    checkpoint = read_checkpoint(checkpoint_file)
-    model, tokenizer = restore(checkpoint, device)
-    config, settings = model.config, checkpoint["args"]
-    name, data = args.dataset or settings["dataset"], args.data or settings["data"]
-    images = args.images or (None if args.dataset else settings["images"])
-    precision = resolve_precision(args.precision or settings["precision"], device)
-    scores, lines = {}, []
-    for split in args.split or ["val"]:
-        dataset = RefDataset(name, split, data, images, tokenizer, config.max_tokens, config.image_size)
-        if args.shuffle_expressions:
-            shuffle_expressions(dataset)
-        metrics = evaluate(model, dataset, device, precision, settings["workers"], args.resolution)
-        scores[split] = metrics.compute()
-        for sample in metrics.samples:
-            counts = {name: sample[name] for name in ("iou", "intersection", "union")}
-            lines.append(json.dumps({"split": split, **dataset.ids(sample["index"]), **counts}))
-        if args.pictures and rank() == 0:
-            label = split + "-shuffled" * args.shuffle_expressions
-            pictures(model, tokenizer, dataset, metrics, device, checkpoint_file.parent, label, args.pictures)
+    typed = parse(argv)
+    file = model_file(typed.get("checkpoint") or newest_run("best.safetensors"))
+    if "image" in typed:
+        segment = load(file, typed.get("device"), typed.get("precision", "fp32"))
+        return segment_images(segment, typed["image"], typed["expression"], file.parent / "masks")
+    device = start_processes(typed.get("device"))
+    model, tokenizer = load_model(file)
+    about = read_about(file)
+    options = {"split": ["val"], "resolution": "input", "pictures": 0, "json": None, "per_sample": None}
+    options |= {"shuffle_expressions": False, **about["settings"], "device": None}
+    if "dataset" in typed:
+        options["image_folder"] = None  # the run's was another dataset's
+    options = SimpleNamespace(**{**options, **typed})
+    options.precision = resolve_precision(options.precision, device)
     if rank() == 0:
-        print(f"{checkpoint_file}, step {checkpoint['step']}" + ", expressions shuffled" * args.shuffle_expressions)
-        print(f"{'Dataset':<16}{'split':<8}" + "".join(f"{column:>8}" for column in COLUMNS))
-        comparable = settings["model"] == "base" and not args.shuffle_expressions and args.resolution == "input"
-        for split, measured in scores.items():
-            paper = of_paper(config, name, split) if comparable else {}
-            difference = {column: measured[column] - paper[column] for column in paper}
-            for first, second, row in ((name, split, measured), ("paper", "", paper), ("difference", "", difference)):
-                cells = "".join(f"{row[column]:>8.2f}" if column in row else " " * 8 for column in COLUMNS)
-                if row:
-                    print(f"{first:<16}{second:<8}{cells}")
-        if args.pictures:
-            print(f"pictures: {checkpoint_file.parent / '{pictures,words,expressions,ratios}-*.png'}")
-        if args.json:
-            Path(args.json).write_text(json.dumps(scores, indent=2))
-        if args.per_sample:
-            Path(args.per_sample).write_text("\n".join(lines) + "\n")
+        print(f"{file}, step {about['step']}" + ", expressions shuffled" * options.shuffle_expressions)
+    scores = score_splits(model.to(device), tokenizer, options, device, file.parent)
     if dist.is_initialized():
         dist.destroy_process_group()
     return scores

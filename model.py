@@ -9,10 +9,15 @@
 Pixels are [B, N, C] as tokens and [B, H, W, C] as maps; [B, C, H, W] is for images, convolutions and resizing alone.
 """
 
+import contextlib
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Iterator
 
+import safetensors
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -20,70 +25,66 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from data import InputError, input_errors, make_tokenizer
-from selection import INITIAL_LOG_TAU, VARIANTS, AttentionLayer, padding_bias, pixel_contrastive_loss
+from data import InputError, input_errors
+from selection import INITIAL_LOG_TAU, MAX_TOKENS, VARIANTS, AttentionLayer, padding_bias, pixel_contrastive_loss
+
+BERT_BASE = {
+    name: getattr(BertConfig(), name)
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                 "hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id")
+}  # fmt: skip
 
 
-BERT_FIELDS = (  # of transformers' BertConfig, whose defaults are BERT-base
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-    "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id",
-)  # fmt: skip
+def flag(default, help: str, valid=lambda value: True, **options):
+    """A field of a dataclass that is also a flag: its help, the test of its value, argparse's options."""
+    return field(default=default, metadata={"help": help, "valid": valid, "options": options})
 
 
 @dataclass
 class VEGAConfig:
-    """Everything that decides the model's shape and its loss; a checkpoint carries it. Defaults: the paper's model.
+    """Everything that decides the model's shape and its loss; a model's file carries it. Defaults: the paper's model.
 
-    Raises InputError if a value that a flag or BERT's config sets is out of range or does not fit the others.
+    The help says "ours" of what is not in the paper. Raises InputError if a value is out of range or fits no other.
     """
 
-    image_size: int = 480  # pixels a side; the photograph is squeezed to this square
-    embed_dim: int = 128  # Swin-B: channels at stage 1; they double at every stage
-    depths: tuple[int, ...] = (2, 2, 18, 2)  # Swin-B: blocks per stage
-    num_heads: tuple[int, ...] = (4, 8, 16, 32)  # Swin-B: attention heads per stage
-    window_size: int = 12  # ours: of the Swin-B pretrained at 384 x 384
-    drop_path: float = 0.3  # ours: stochastic depth of the last Swin block
-    coordinates: bool = False  # ours: add the pixels' coordinates to the patch embedding
-    bert: dict = field(default_factory=lambda: {name: getattr(BertConfig(), name) for name in BERT_FIELDS})
-    max_tokens: int = 21  # ours: of an expression, with [CLS] and [SEP]; a longer one is cut
-    variant: str = "vega"  # or another name of selection.VARIANTS
-    ratio: float = 0.3  # share of the pixels that each token selects (Table 6)
-    attention_heads: int = 8  # ours: of every AttentionLayer; early fusion has one head
-    decoder_width: int = 256  # ours: channels
-    dropout: float = 0.1  # ours: in BERT, the enhancement and the VIS block, not in the decoder
-    contrastive: float = 0.5  # ours: weight of Eq. 5 beside the mask's cross-entropy
-    dice: float = 0.0  # ours: weight of a Dice term
-
-    @classmethod
-    def base(cls, **overrides) -> "VEGAConfig":
-        """The paper's model: Swin-B and BERT-base at 480 x 480."""
-        return cls(**overrides)
-
-    @classmethod
-    def tiny(cls, **overrides) -> "VEGAConfig":
-        """Ours, for the generated shapes: three stages turn 128 x 128 pixels into a map of 8 x 8 to select from."""
-        bert = dict(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
-        sizes = dict(
-            image_size=128, embed_dim=24, depths=(1, 2, 2), num_heads=(4, 4, 4), window_size=4, drop_path=0.0,
-            coordinates=True, attention_heads=2, decoder_width=32, dropout=0.0, contrastive=5.0,
-            dice=1.0, bert=bert,
-        )  # fmt: skip
-        return cls(**{**sizes, **overrides})
+    image_size: int = flag(480, "pixels a side; the image is squeezed to this square")
+    embed_dim: int = flag(128, "Swin-B: channels at stage 1; they double at every stage")
+    depths: tuple = flag((2, 2, 18, 2), "Swin-B: blocks of each stage", type=int, nargs="+")
+    num_heads: tuple = flag((4, 8, 16, 32), "Swin-B: attention heads of each stage", type=int, nargs="+")
+    window_size: int = flag(12, "ours: of the Swin-B pretrained at 384 x 384")
+    drop_path: float = flag(0.3, "LAVT: stochastic depth of the last Swin block, from 0 to 1", lambda p: 0 <= p < 1)
+    coordinates: bool = flag(False, "ours: add the image's coordinates to the patch embedding")
+    bert_config: dict = flag(None, "JSON: BERT's sizes where they differ from BERT-base's", type=json.loads)
+    max_tokens: int = flag(MAX_TOKENS, "of an expression, with [CLS] and [SEP]; a longer one is cut", lambda n: n > 2)
+    variant: str = flag("vega", "an ablation, listed below", metavar="NAME", choices=VARIANTS)
+    ratio: float = flag(0.3, "of the pixels, the share that each token selects, up to 1", lambda r: 0 < r <= 1)
+    attention_heads: int = flag(8, "ours: of every AttentionLayer; early fusion has one head", lambda n: n > 0)
+    decoder_width: int = flag(256, "ours: the decoder's channels, a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
+    dropout: float = flag(0.1, "ours: in BERT and the VIS block, not in the decoder, from 0 to 1", lambda p: 0 <= p < 1)
+    contrastive: float = flag(0.5, "ours: weight of Eq. 5 beside the mask's cross-entropy", lambda w: w >= 0)
+    dice: float = flag(0.0, "ours: weight of a Dice term", lambda w: w >= 0)
 
     def __post_init__(self):
-        if self.variant not in VARIANTS:
-            raise InputError(f"there is no variant {self.variant!r}; it must be one of {', '.join(VARIANTS)}")
-        if not set(self.bert) <= set(BERT_FIELDS):
-            raise InputError(f"BERT's config must name nothing but {', '.join(BERT_FIELDS)}")
-        if self.bert["hidden_size"] % self.attention_heads:
-            raise InputError(f"BERT's channels must be a multiple of the {self.attention_heads} attention heads")
-        if not 0 < self.ratio <= 1:
-            raise InputError(f"the ratio of selected pixels is {self.ratio}, but must lie in (0, 1]")
-        if not (0 <= self.drop_path < 1 and 0 <= self.dropout < 1 and self.contrastive >= 0 and self.dice >= 0):
-            raise InputError("dropout and drop_path must lie in [0, 1), contrastive and dice must be at least 0")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None and not one.metadata["valid"](value):
+                raise InputError(f"--{one.name.replace('_', '-')} can't be {value}; it is: {one.metadata['help']}")
+        if unknown := {*(self.bert_config or {})} - {*BERT_BASE}:
+            raise InputError(f"BERT's config has no {', '.join(unknown)}; it has {', '.join(BERT_BASE)}")
+        self.bert_config = {**BERT_BASE, **(self.bert_config or {})}
+        self.depths, self.num_heads = tuple(self.depths), tuple(self.num_heads)
+        if any(width % self.attention_heads for width in (self.bert_config["hidden_size"], self.decoder_width)):
+            raise InputError(f"BERT's and the decoder's channels must be multiples of {self.attention_heads} heads")
         least = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
         if self.image_size % 4 or self.image_size < least:
-            raise InputError(f"the image size is {self.image_size}, but must be a multiple of 4 and at least {least}")
+            raise InputError(f"--image-size is {self.image_size}, but must be a multiple of 4 and at least {least}")
+
+
+TINY = dict(  # ours, for the generated shapes: three stages turn 128 x 128 pixels into a map of 8 x 8 to select from
+    image_size=128, embed_dim=24, depths=(1, 2, 2), num_heads=(4, 4, 4), window_size=4, drop_path=0.0, coordinates=True,
+    attention_heads=2, decoder_width=32, dropout=0.0, contrastive=5.0, dice=1.0,
+    bert_config=dict(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256),
+)  # fmt: skip
 
 
 class EarlyFusion(nn.Module):
@@ -163,17 +164,17 @@ class VisionEncoder(nn.Module):
         start_from_scratch(self.swin)
         self.dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
         self.fusions = nn.ModuleList(
-            EarlyFusion(dim, config.bert["hidden_size"], gated=dim < self.dims[-1]) for dim in self.dims
+            EarlyFusion(dim, config.bert_config["hidden_size"], gated=dim < self.dims[-1]) for dim in self.dims
         )
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in self.dims)
+        self.coordinates = nn.Linear(2, config.embed_dim) if config.coordinates else None
         if config.coordinates:
-            self.coordinates = nn.Linear(2, config.embed_dim)
             self.coordinates.weight.data *= 4  # as strong as the patches; torch's scale is too weak for some seeds
 
     def forward(self, image: Tensor, tokens: Tensor, mask_l: Tensor) -> list[Tensor]:
         """image [B, 3, H, W], tokens [B, T, D], mask_l [B, T] -> F_i [B, H_i, W_i, C_i], fused and normed."""
         x = self.swin.patch_embed(image)  # [B, H / 4, W / 4, C_1]
-        if hasattr(self, "coordinates"):
+        if self.coordinates is not None:
             ys, xs = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[1:3])
             x = x + self.coordinates(torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1))
         features = []
@@ -226,15 +227,16 @@ class Decoder(nn.Module):
 class VEGA(nn.Module):
     """Visual Expression Guidance for Referring Expression Segmentation.
 
-    All weights start at random, most by the libraries' defaults, Swin's by `start_from_scratch`. `train.build` then
-    loads pretrained BERT and Swin, where the run uses them.
+    All weights start at random, most by the libraries' defaults, Swin's by `start_from_scratch`. `train.build_model`
+    then loads pretrained BERT and Swin, where the run uses them.
     """
 
     def __init__(self, config: VEGAConfig):
         super().__init__()
         self.config = config
         heads, dropout = config.attention_heads, config.dropout
-        bert_config = BertConfig(**config.bert, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+        dropouts = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+        bert_config = BertConfig(**config.bert_config, **dropouts)
         self.bert = BertModel(bert_config, add_pooling_layer=False)
         self.vision = VisionEncoder(config)
         D = bert_config.hidden_size
@@ -243,15 +245,17 @@ class VEGA(nn.Module):
         self.enhance = AttentionLayer(D, heads, dropout=dropout) if variant.enhanced else None
         self.vis = variant.block(D, heads, config.ratio, dropout)
         self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU)) if variant.contrastive else None
-        if hasattr(self.vis, "log_tau") and variant.contrastive:
-            self.vis.log_tau = self.log_tau  # one temperature
+        if variant.block.shares_tau:
+            self.vis.log_tau = self.log_tau
         self.decoder = Decoder(self.vision.dims, D, config.decoder_width, heads)
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):  # ImageNet's, of RGB
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)  # [3, 1, 1]
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict:
         """Segment what each expression names.
 
         Args:
-            image: [B, 3, H, W] standardised by evaluate.model_inputs, H = W = config.image_size.
+            image: uint8 [B, 3, H, W], H = W = config.image_size.
             input_ids, attention_mask: [B, T] tokens of the expression, [CLS] first, and 1 where they are real.
 
         Returns a dict:
@@ -263,11 +267,13 @@ class VEGA(nn.Module):
             `local-only`, None in variants without S.
         """
         tokens = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
+        image = (image / 255 - self.mean) / self.std
         features = self.vision(image, tokens, attention_mask)  # [B, H_i, W_i, C_i] of each stage
-        F_v, Q_l = None, tokens
+        F_v, Q_l = None, tokens  # Sec. 3.1: Q_l is BERT's
         if self.enhance is not None:  # not in Table 2, row 1
             F_v = self.project_F_v(features[-1].flatten(1, 2))  # [B, N, D]; ours: the last stage, projected
-            Q_l = self.enhance(tokens, F_v)  # [B, T, D] each token looks at every pixel; ours: before selecting
+            # Table 2, last row: the tokens are enhanced. Ours: they are so before they select, and as Q_l they enter G
+            Q_l = self.enhance(tokens, F_v)  # [B, T, D] each token looks at every pixel
         selection = self.vis(F_v, Q_l, attention_mask)
         logits = self.decoder(features, selection.G, selection.mask_G)  # [B, H / 4, W / 4]
         # ours: enlarged to the input's size, where the loss is taken
@@ -353,71 +359,80 @@ def load_weights(module: nn.Module, weights: dict, source: str) -> None:
     module.load_state_dict(weights)
 
 
-# Checkpoints
-
-FORMAT = 3  # of the checkpoint; raise it when an older reader would misread a newer file
+# A model's file, and other files that must be whole
 
 
-def newest_run(file: str) -> Path:
-    """The newest runs/*/FILE."""
-    found = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise InputError(f"there is no run with a {file} under runs/ yet. Train one first: python train.py")
-    return found[-1]
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write the file that this yields: it is flushed and then takes the place of `path`, whole.
 
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write another file, flush it, rename it: a kill or a full disk leaves the previous file whole."""
+    A kill or a full disk leaves the earlier file as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    unfinished = path.with_name(path.name + ".unfinished")
     try:
         with input_errors(f"can't write {path}; an earlier file there is whole. Free some space, then --resume"):
-            with open(part, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
+            yield unfinished
+            with open(unfinished, "rb") as file:
                 os.fsync(file.fileno())
-            part.replace(path)
+            unfinished.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's plain dict, on the CPU. Raises InputError if the file is not one, without running any of it."""
-    if not Path(path).is_file():
-        raise InputError(f"there is no checkpoint {path}. Give a file such as runs/NAME/best.pt, which train.py writes")
-    try:
-        with open(path, "rb") as file:  # so that a disk that can't be read is an OSError
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of zip, pickle or torch; torch's own message would advise unsafe loading
-        if isinstance(error, (OSError, MemoryError)) or "alloc" in str(error):
-            raise  # nothing is wrong with the file
-        reason = "it is another kind of file, was cut short, or holds more than plain data"
-        raise InputError(f"{path} can't be read as a checkpoint: {reason}") from None
-    parts = {"config", "model", "tokenizer", "step", "best", "args", "optimizer", "sums", "logged_step"}
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or parts - checkpoint.keys():
-        raise InputError(f"{path} is not a whole checkpoint, or another version of this program wrote it")
-    return checkpoint
+def save_model(path: Path, model: VEGA, tokenizer: BertTokenizer, **about) -> None:
+    """Write one safetensors file: the weights, and as JSON in its header the config, the tokenizer and `about`."""
+    header = {"config": asdict(model.config), "tokenizer": tokenizer_rules(tokenizer), **about}
+    weights = {name: value.cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    with whole_file(path) as file:
+        safetensors.torch.save_file(weights, file, {name: json.dumps(value) for name, value in header.items()})
 
 
-def restore(checkpoint: dict, device: torch.device, **overrides) -> tuple[VEGA, BertTokenizer]:
-    """The model, ready to evaluate, and its tokenizer. overrides: fields of VEGAConfig, such as image_size."""
-    with input_errors("the checkpoint does not fit this program"):
-        model = VEGA(VEGAConfig(**{**checkpoint["config"], **overrides}))
-        load_weights(model, checkpoint["model"], "the checkpoint")
-        return model.to(device).eval(), BertTokenizer(**checkpoint["tokenizer"])
+def load_model(source: str | Path, **overrides) -> tuple[VEGA, BertTokenizer]:
+    """The model on the CPU, ready to evaluate, and its tokenizer.
 
+    Args:
+        source: a file of `save_model`, or the folder of a run, which holds one.
+        overrides: fields of VEGAConfig that take the place of the file's, such as ratio.
 
-def add_words(checkpoint: dict, expressions: list[str]) -> int:
-    """Add to a checkpoint's vocabulary the words that it lacks, with random embeddings; returns how many it added.
-
-    A vocabulary of BERT's own stays as it is: it can spell any word with its pieces, whose names start with ##.
+    Raises InputError if the file can't be read, is cut short or does not fit. Reading it runs nothing.
     """
-    vocab, table = checkpoint["tokenizer"]["vocab"], "bert.embeddings.word_embeddings.weight"
-    if any(word.startswith("##") for word in vocab):
-        return 0
-    new = sorted(make_tokenizer(expressions).get_vocab().keys() - vocab.keys())
-    vocab.update({word: len(vocab) + i for i, word in enumerate(new)})
-    checkpoint["config"]["bert"]["vocab_size"] = len(vocab)
-    weights = checkpoint["model"][table]
-    checkpoint["model"][table] = torch.cat([weights, 0.02 * torch.randn(len(new), weights.shape[1])])  # as BERT starts
-    return len(new)
+    file = model_file(source)
+    about = read_about(file)
+    with input_errors(f"{file} does not fit this program"):
+        model = VEGA(VEGAConfig(**{**about["config"], **overrides}))
+        load_weights(model, safetensors.torch.load_file(file), str(file))
+        return model.eval(), BertTokenizer(**about["tokenizer"])
+
+
+def model_file(source: str | Path | None) -> Path:
+    """The file that a model's name means: the file itself, or the best model of a run's folder. None: of no run."""
+    if source is None:
+        raise InputError("there is no run with a model under runs/ yet. Train one first: python train.py")
+    path = Path(source)
+    path = path / "best.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"there is no model {path}: give a run's folder, or a file such as runs/NAME/best.safetensors")
+    return path
+
+
+def read_about(file: Path) -> dict:
+    """What `save_model` wrote beside the weights: "config", "tokenizer", and what train.py adds."""
+    with input_errors(f"{file} is not a model of this program, or was cut short"):
+        with safetensors.safe_open(file, "pt") as opened:
+            about = {name: json.loads(value) for name, value in opened.metadata().items()}
+        if not {"config", "tokenizer"} <= about.keys():
+            raise ValueError("it has no config or no tokenizer")
+        return about
+
+
+def tokenizer_rules(tokenizer: BertTokenizer) -> dict:
+    """The arguments that make the same tokenizer: its words, and how it cuts a text."""
+    names = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+    return {"vocab": tokenizer.get_vocab(), **{name: getattr(tokenizer, name) for name in names}}
+
+
+def newest_run(file: str) -> Path | None:
+    """The folder under runs/ whose FILE is the newest; None if there is none."""
+    found = [path for path in Path("runs").glob(f"*/{file}")]
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None

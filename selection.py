@@ -2,13 +2,15 @@
 
     B  samples of a batch
     T  tokens of an expression: [CLS], its words (BERT may cut one into pieces), [SEP], padding; at most 21
-    N  pixels of the last vision stage, 225 in the paper's model
+    N  pixels of F_v, the map of the last vision stage: 15 x 15 = 225 in the paper's model
     D  channels, 768
     K  pixels that each token selects, int(N * ratio) = 67
     R  any other number of tokens
 
 Each token selects the K pixels that are most similar to it and gathers them into one token of the *visual expression*.
-"ours" in a comment or docstring marks what the paper does not give.
+As in the paper, a "pixel" here is one of the N places of F_v, not a pixel of the image.
+
+In all files, "ours" marks a choice of this code where the paper is silent; "LAVT" or another name, whose choice it is.
 """
 
 import math
@@ -17,6 +19,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+MAX_TOKENS = 21  # of an expression, with [CLS] and [SEP]: longer ones are cut (the paper: "21 words including [CLS]")
 
 
 class Selection(NamedTuple):
@@ -62,7 +67,9 @@ class AttentionLayer(nn.Module):
 
 
 class VISBlock(nn.Module):
-    """Algorithm 1 in its order, with its comments. Only "expand dimension" is left out, and K is computed first.
+    """Algorithm 1 in its order, under its comments.
+
+    One step is written another way: the weighted sum is a matrix product, so that nothing is expanded to [B, T, N, D].
 
     Two things look like mistakes in the paper. They are kept as printed:
 
@@ -72,6 +79,9 @@ class VISBlock(nn.Module):
     * The cosine similarities in S lie in [-1, 1], and the softmax has no temperature. No selected pixel can weigh more
       than e^2 = 7.4 times another.
     """
+
+    selectors = "all"  # the tokens that select; an ablation may differ, see SELECTORS
+    shares_tau = False  # an ablation whose softmax uses the temperature of Eq. 5 says True
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -118,8 +128,7 @@ class VISBlock(nn.Module):
             S_norm = torch.softmax(S + M_hat, dim=-1)  # [B, T, N], Eq. 4
 
             # weighted average summation
-            # ours: one matrix product instead of expanding to [B, T, N, D], multiplying and summing over N: the same E.
-            # M changes nothing here, for S_norm is zero outside it; it stays as printed
+            # ours: one matrix product gives the same E. M changes nothing, for S_norm is zero outside it
             E = (M * S_norm) @ F_v / K  # [B, T, D]
 
         # the visual expression extracted by the cross-attention with
@@ -142,8 +151,8 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
     """Eq. 5, in fp32. Ours: s is enlarged to the mask's size; the loss is the mean over all pixels, Z+ and Z- together.
 
     Args:
-        s: [B, h, w] the row of [CLS] in S, as a map. The paper: "for the global visual token v_1". As in Sec. 4.3.5, it
-            is the similarities by which [CLS] chose v_1's pixels, not those of v_1 itself.
+        s: [B, h, w] the row of [CLS] in S, as a map. The paper calls it the map "for the global visual token v_1":
+            v_1 is gathered from the pixels that rank highest in it.
         target: [B, H, W] the ground-truth masks, 1 (or True) in Z+ and 0 in Z-.
         tau: temperature, positive.
     """
@@ -152,17 +161,17 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
     return F.binary_cross_entropy_with_logits(logits, target.float())
 
 
-class Stepwise(nn.Module):
-    """Algorithm 1 again, one method per step, for the ablations. With no step overridden, it returns what VISBlock
-    returns, on a CPU bit for bit.
+# The ablations
 
-    An ablation overrides a step, or `forward` if the steps do not fit. To replace a layer by a function, as GlobalOnly
-    does, leave its name out of `layers` and write a method of that name. To change VEGA itself, change the step here
-    and in VISBlock, so that each ablation still differs from `vega` in one thing alone.
-    """
+SELECTORS = {"all": slice(None), "words": slice(1, None), "[CLS]": slice(0, 1), "none": slice(0, 0)}  # of the tokens
 
-    layers = ("proj_v", "proj_l", "cross_attention", "self_attention")  # made by __init__
-    selecting = slice(None)  # the tokens that select: all
+
+class Block(nn.Module):
+    """What stands in VISBlock's place in an ablation: only those of its layers that `layers` names."""
+
+    layers = ("proj_v", "proj_l", "cross_attention", "self_attention")
+    selectors = "all"
+    shares_tau = False
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -171,17 +180,28 @@ class Stepwise(nn.Module):
             attention = name.endswith("attention")
             self.add_module(name, AttentionLayer(dim, num_heads, dropout=dropout) if attention else nn.Linear(dim, dim))
 
+
+class Stepwise(Block):
+    """Algorithm 1 again, one method per step. With no step overridden, it returns what VISBlock returns, on a CPU bit
+    for bit.
+
+    An ablation overrides a step, or `forward` if the steps do not fit, and leaves the layers out that it does not use.
+    To change VEGA itself, change the step here and in VISBlock, so that each ablation still differs from `vega` in one
+    thing alone.
+    """
+
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        mask = mask_l[:, self.selecting]  # [B, R] R tokens select
+        selecting = SELECTORS[self.selectors]  # R tokens select
+        mask = mask_l[:, selecting]  # [B, R]
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
-            S = self.compare(F_v, Q_l[:, self.selecting])
+            S = self.compare(F_v, Q_l[:, selecting])
             M = self.select(S)
             M_hat = M * 1e4 - 1e4
             S_norm = self.normalise(S, M_hat)
             E = self.pool(M, S_norm, F_v)
-        Q_v = self.cross_attention(E, F_v, M_hat)
-        Q_v = self.self_attention(Q_v, Q_v, padding_bias(mask))
+        Q_v = self.extract(E, F_v, M_hat)
+        Q_v = self.relate(Q_v, mask)
         return Selection(torch.cat([Q_l, Q_v], dim=1), torch.cat([mask_l, mask], dim=1), S, M)
 
     def compare(self, F_v: Tensor, tokens: Tensor) -> Tensor:  # -> S [B, R, N]
@@ -199,20 +219,28 @@ class Stepwise(nn.Module):
     def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:  # -> E [B, R, D]
         return (M * S_norm) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)  # M.sum is K; see also SigmoidThreshold
 
+    def extract(self, E: Tensor, F_v: Tensor, M_hat: Tensor) -> Tensor:  # -> Q_v [B, R, D]
+        return self.cross_attention(E, F_v, M_hat)
 
-class LinguisticGuidance(Stepwise):
+    def relate(self, Q_v: Tensor, mask: Tensor) -> Tensor:  # -> Q_v [B, R, D]
+        return self.self_attention(Q_v, Q_v, padding_bias(mask))
+
+
+class LinguisticGuidance(Block):
     """Table 2, rows 1 and 2: G is the linguistic tokens. We take row 2 for Figure 5's "w/o visual expression"."""
 
     layers = ()
+    selectors = "none"
 
     def forward(self, F_v: Tensor | None, Q_l: Tensor, mask_l: Tensor) -> Selection:
         return Selection(Q_l, mask_l, None, None)  # G [B, T, D]
 
 
-class AllPixels(Stepwise):
+class AllPixels(Block):
     """Table 3a, row 1: every pixel token of F_v enters G."""
 
     layers = ()
+    selectors = "none"
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         G = torch.cat([Q_l, F_v], dim=1)  # [B, T + N, D]
@@ -226,6 +254,7 @@ class TopKPixels(Stepwise):
     """
 
     layers = ("proj_v", "proj_l")
+    selectors = "[CLS]"
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         with torch.autocast(F_v.device.type, enabled=False):
@@ -237,34 +266,35 @@ class TopKPixels(Stepwise):
         return Selection(G, F.pad(mask_l, (0, F_topk.shape[1]), value=1), S, self.select(S))
 
 
-class NoCues(Stepwise):
+class NoCues(Block):
     """Table 3b, row 1: neither [CLS] nor the words select; learned queries gather from all pixels.
 
-    Ours: 21 learned queries, as many as an expression may have tokens. The paper says only that both cues are gone.
-    Some visual tokens must remain: without any it would be Table 2, row 2, whose scores differ.
+    Ours: MAX_TOKENS learned queries. The paper says only that both cues are gone. Some visual tokens must remain:
+    without any it would be Table 2, row 2, whose scores differ.
     """
 
     layers = ("cross_attention", "self_attention")
+    selectors = "none"
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__(dim, num_heads, ratio, dropout)
-        self.queries = nn.Parameter(0.02 * torch.randn(21, dim))
+        self.queries = nn.Parameter(0.02 * torch.randn(MAX_TOKENS, dim))
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        E = self.queries.expand(len(F_v), -1, -1)  # [B, 21, D]
+        E = self.queries.expand(len(F_v), -1, -1)  # [B, MAX_TOKENS, D]
         Q_v = self.cross_attention(E, F_v)  # no pixel and no query is hidden
         Q_v = self.self_attention(Q_v, Q_v)
-        G = torch.cat([Q_l, Q_v], dim=1)  # [B, T + 21, D]
+        G = torch.cat([Q_l, Q_v], dim=1)  # [B, T + MAX_TOKENS, D]
         return Selection(G, F.pad(mask_l, (0, E.shape[1]), value=1), None, None)
 
 
 class LocalOnly(Stepwise):
-    """Table 3b, row 2: all tokens but [CLS] select. [CLS]'s row is zero in S and in M. G is [B, 2T - 1, D].
+    """Table 3b, row 2: all tokens but [CLS] select, [SEP] too. [CLS]'s row is zero in S and in M. G is [B, 2T - 1, D].
 
     Without Eq. 5, which needs [CLS], little teaches the words what to select.
     """
 
-    selecting = slice(1, None)
+    selectors = "words"
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         G, mask_G, S, M = super().forward(F_v, Q_l, mask_l)  # S and M [B, T - 1, N]
@@ -279,10 +309,10 @@ class GlobalOnly(Stepwise):
     """
 
     layers = ("proj_v", "proj_l", "cross_attention")
-    selecting = slice(0, 1)
+    selectors = "[CLS]"
 
-    def self_attention(self, q: Tensor, kv: Tensor, bias: Tensor) -> Tensor:
-        return q
+    def relate(self, Q_v: Tensor, mask: Tensor) -> Tensor:
+        return Q_v
 
 
 class SigmoidThreshold(Stepwise):
@@ -325,7 +355,7 @@ class NoCrossAttention(Stepwise):
 
     layers = ("proj_v", "proj_l", "self_attention")
 
-    def cross_attention(self, E: Tensor, F_v: Tensor, M_hat: Tensor) -> Tensor:
+    def extract(self, E: Tensor, F_v: Tensor, M_hat: Tensor) -> Tensor:
         return E
 
 
@@ -338,6 +368,8 @@ class SumOnce(Stepwise):
 
 class Sharp(Stepwise):
     """Ours, beyond the paper: the softmax runs over S / tau, so that a token's most similar pixels weigh far more."""
+
+    shares_tau = True
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__(dim, num_heads, ratio, dropout)
