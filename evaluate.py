@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from data import (
     DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, input_errors, open_image, overlay, save_grid,
     to_input, to_rgb, tokenize,
 )  # fmt: skip
-from model import VEGA, VEGAConfig, load_model, model_file, newest_run, read_about
+from model import VEGA, VEGAConfig, flag, load_model, model_file, read_about
 from selection import RATIOS, VARIANTS
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -95,9 +96,6 @@ def autocast(device: torch.device, precision: str):
 def resolve_precision(precision: str | None, device: torch.device) -> str:
     """The one asked for. If none (ours): bf16 on cards with bf16 in hardware, else fp32."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" and device.type == "cpu" and rank() == 0:
-        if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-            print("note: without AMX or AVX-512 bf16, as here, a processor is many times slower in bf16 than in fp32")
     return precision or ("bf16" if has_bf16 else "fp32")
 
 
@@ -164,7 +162,7 @@ class Segmenter:
 
 
 def segment_images(segment: Segmenter, given: list[str], expressions: list[str], folder: Path) -> None:
-    """Write each expression's mask and overlay, and a picture of all, to a folder. given: images, and folders of them."""
+    """Write each expression's mask and overlay, and a picture of all. given: images, or folders of images."""
     images, broken = [], []
     for path in map(Path, given):
         inside = sorted(one for one in path.glob("[!.]*") if one.suffix.lower() in Image.registered_extensions())
@@ -203,25 +201,22 @@ class Metrics:
     """P@0.5 to P@0.9, mIoU and oIoU (Sec. 4.1), the same however the samples are dealt to processes."""
 
     def __init__(self):
-        self.samples = []  # dicts: "index", "intersection" and "union" in pixels, "iou", and "measures" of its words
+        self.samples = []  # dicts: "index", "intersection" and "union" in pixels of the image, "iou"
 
-    def update(self, prediction: torch.Tensor, target: torch.Tensor, index: int = 0, measures: dict | None = None):
-        """Count sample number `index`, whose masks are bool [H, W] both. measures: see `word_measures`."""
+    def update(self, prediction: torch.Tensor, target: torch.Tensor, index: int = 0):
+        """Count sample number `index`, whose masks are bool [H, W] both."""
         intersection = (prediction & target).sum().item()
         union = (prediction | target).sum().item()
         iou = intersection / union if union else 0.0  # ours: 0, as in LAVT's test script
-        counts = {"intersection": intersection, "union": union, "iou": iou}
-        self.samples.append({"index": index, **counts, "measures": measures or {}})
+        self.samples.append({"index": index, "iou": iou, "intersection": intersection, "union": union})
 
     def compute(self) -> dict:
-        """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, the means of `word_measures`, and "samples"."""
+        """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, and "samples", their number."""
         ious = [sample["iou"] for sample in self.samples]
         scores = {f"P@{t}": 100 * sum(iou >= t for iou in ious) / len(ious) for t in THRESHOLDS}  # ours: >=, not >
         intersection, union = (sum(sample[name] for sample in self.samples) for name in ("intersection", "union"))
         scores["mIoU"] = 100 * math.fsum(ious) / len(ious)
         scores["oIoU"] = 100 * intersection / union if union else 0.0
-        for name in self.samples[0]["measures"]:
-            scores[name] = math.fsum(sample["measures"][name] for sample in self.samples) / len(ious)
         return {**scores, "samples": len(ious)}
 
 
@@ -232,25 +227,6 @@ def paper_scores(config: VEGAConfig, dataset: str, split: str) -> dict:
     rows |= {(*of, "vega", 0.3): scores for of, scores in TABLE_5.items()}
     scores = rows.get((dataset, split, config.variant, config.ratio), ())
     return dict(zip(reversed(COLUMNS), reversed(scores)))
-
-
-def word_measures(output: dict, attention_mask: torch.Tensor, selectors: str) -> list[dict]:
-    """Do words select for themselves? Of each sentence, from VEGA's output, attention_mask [B, T] and who selects:
-
-    "token cosine": the mean cosine between two of its tokens after BERT; at 1 they are one vector, repeated.
-    "pixels shared with CLS": of the pixels that a word selects, the per cent that [CLS] selects too, averaged over
-        the words ([SEP] does not count). Left out unless all tokens select.
-    """
-    real = attention_mask.float()  # [B, T]
-    count = real.sum(1)  # [CLS] and [SEP] at least
-    total = (F.normalize(output["tokens"].float(), dim=-1) * real[..., None]).sum(1)  # [B, D]
-    measures = {"token cosine": (total.square().sum(-1) - count) / (count * (count - 1))}  # all pairs of two
-    if selectors == "all":
-        M = output["selection"].M
-        shared = 100 * (M * M[:, :1]).sum(-1) / M.sum(-1).clamp(min=1)  # [B, T]
-        words = F.pad(real[:, 2:], (1, 1))  # [B, T] 1 for each token that is neither the first nor the last
-        measures["pixels shared with CLS"] = (shared * words).sum(1) / words.sum(1).clamp(min=1)
-    return [dict(zip(measures, row)) for row in zip(*(values.tolist() for values in measures.values()))]
 
 
 def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
@@ -290,12 +266,11 @@ def evaluate(
         batch = to_device(batch, device)
         with autocast(device, precision):
             output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
-        measures = word_measures(output, batch["attention_mask"], model.vis.selectors)
-        for index, logits, mask, measure in zip(batch["index"].tolist(), output["logits"], batch["mask"], measures):
+        for index, logits, mask in zip(batch["index"].tolist(), output["logits"], batch["mask"]):
             if resolution == "original":
                 mask = torch.from_numpy(dataset.mask(index)).to(device)
                 logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
-            metrics.update(logits > 0, mask, index, measure)  # ours: the target where its probability exceeds 0.5
+            metrics.update(logits > 0, mask, index)  # ours: the target where its probability exceeds 0.5
     metrics.samples = sorted(itertools.chain(*gather(metrics.samples)), key=lambda sample: sample["index"])
     return metrics
 
@@ -316,8 +291,7 @@ def score_splits(model: VEGA, tokenizer: BertTokenizer, options, device: torch.d
         metrics = evaluate(model, dataset, device, options.precision, options.workers, options.resolution)
         scores[split] = metrics.compute()
         for sample in metrics.samples:
-            counts = {name: sample[name] for name in ("iou", "intersection", "union")}
-            lines.append(json.dumps({"split": split, **dataset.ids(sample["index"]), **counts}))
+            lines.append(json.dumps({"split": split, **dataset.ids(sample["index"]), **sample}))
         if options.pictures and rank() == 0:
             label = split + "-shuffled" * options.shuffle_expressions
             draw_pictures(model, tokenizer, dataset, metrics, device, folder, label, options.pictures)
@@ -353,8 +327,8 @@ def draw_pictures(
 
     pictures-NAME.png     `count` samples at even distances: image, ground truth, prediction, how similar each pixel is
                           to [CLS] (bright: most), the pixels that [CLS] selected
-    words-NAME.png        the pixels that each token selected (as in Figure 3), in the sample whose words share fewest
-                          with [CLS], and its features in the plane (Figure 5)
+    words-NAME.png        the sample in the middle: the pixels that each token selected (as in Figure 3), and its
+                          features in the plane (Figure 5)
     expressions-NAME.png  the image in the middle under each expression of all its objects (Figures 7 and 9: of one)
     ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4). Not
                           written if no token selects; without top-k the rows are the same
@@ -386,11 +360,7 @@ def draw_pictures(
     for view, indices in (("pictures", spread), ("expressions", of_one_image)):
         save_grid(folder / f"{view}-{name}.png", [(title, tiles[:5]) for title, tiles in map(draw_sample, indices)])
 
-    shared = "pixels shared with CLS"
-    least = min(metrics.samples, key=lambda sample: sample["measures"].get(shared, 0))
-    title, tiles = draw_sample(least["index"])
-    if shared in least["measures"]:
-        title += f"   {least['measures'][shared]:.0f} % of a word's pixels are [CLS]'s too"
+    title, tiles = draw_sample(len(dataset) // 2)
     save_grid(folder / f"words-{name}.png", [(title * (i == 0), tiles[i : i + 5]) for i in range(0, len(tiles), 5)])
 
     if model.vis.selectors != "none":
@@ -430,53 +400,60 @@ def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Im
 # The command
 
 
-def parse(argv: list[str] | None) -> dict:
-    """The flags that were typed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)  # fmt: skip
-    flag = parser.add_argument
-    # fmt: off
-    flag("--checkpoint", metavar="MODEL", help="a model's file, or a run's folder (default: the newest run)")
-    flag("--split", nargs="+", metavar="SPLIT", help="one or more splits (default: val)")
-    flag("--resolution", choices=("input", "original"),
-         help="compare masks at the model's input size (default, as LAVT) or at the image's own")
-    flag("--json", metavar="FILE", help="write the scores of each split to this file, too")
-    flag("--per-sample", metavar="FILE", help="write a JSON line for each sample: ids, expression, IoU and its counts")
-    flag("--pictures", type=int, metavar="N",
-         help="draw N samples of each split, what each word selects, and more, beside the model's file")
-    flag("--shuffle-expressions", action="store_true", help="give each sample the expression of another image")
-    flag("--image", nargs="+", metavar="FILE", help="segment these images, or a folder's, instead of a dataset")
-    flag("--expression", nargs="+", metavar="TEXT", help="what to segment in them, one or more")
-    flag("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder (default: the one of the training)")
-    flag("--data", metavar="DIR", help="where the datasets with a name are (default: as in training)")
-    flag("--image-folder", metavar="DIR", help="where the dataset's images are, if not where the README says")
-    flag("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    flag("--precision", choices=("fp32", "bf16"), help="default: as in training; fp32 with --image")
-    # fmt: on
-    typed = vars(parser.parse_args(argv))
-    if ("image" in typed) != ("expression" in typed):
-        parser.error("--image and --expression go together")
-    for name in {"json", "per_sample"} & typed.keys():  # before the work, not after it
-        if not Path(typed[name]).parent.is_dir():
-            parser.error(f"there is no folder {Path(typed[name]).parent} to write {typed[name]} to")
-    return typed
+def parse_flags(argv: list[str] | None, fields_of: type, description: str, tiny: dict = {}, epilog: str = "") -> dict:
+    """The flags that were typed, of those that the fields of a dataclass stand for. tiny: for the help, its values."""
+    parser = argparse.ArgumentParser(description=description, epilog=epilog,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    for one in fields(fields_of):
+        help = one.metadata["help"].replace("%", "%%")
+        if one.default not in (None, False) or one.name in tiny:
+            help += f" (default: {one.default}" + f", tiny: {tiny.get(one.name)}" * (one.name in tiny) + ")"
+        kind = {"action": argparse.BooleanOptionalAction} if one.type is bool else {"type": one.type}
+        options = {**kind, **one.metadata["options"]}
+        parser.add_argument(f"--{one.name.replace('_', '-')}", default=argparse.SUPPRESS, help=help, **options)
+    return vars(parser.parse_args(argv))
+
+
+@dataclass
+class Options:
+    """The flags. None: as in the training of the model."""
+
+    checkpoint: str = flag(None, "a model's file, or a run's folder; default: the newest run", metavar="MODEL")
+    split: list = flag(("val",), "one or more splits", nargs="+", type=str)
+    resolution: str = flag("input", "compare masks at the model's input size (LAVT) or at the image's own",
+                           choices=("input", "original"))  # fmt: skip
+    json: str = flag(None, "write the scores of each split to this file, too", metavar="FILE")
+    per_sample: str = flag(None, "write a JSON line for each sample: ids, expression, IoU, its counts", metavar="FILE")
+    pictures: int = flag(0, "draw N samples of each split, what each word selects, and more", metavar="N")
+    shuffle_expressions: bool = flag(False, "give each sample the expression of another image")
+    image: list = flag(None, "segment these images, or a folder's, instead of a dataset", nargs="+", type=str)
+    expression: list = flag(None, "what to segment in them, one or more", nargs="+", type=str)
+    dataset: str = flag(None, f"{', '.join(DATASETS)}, or a folder", metavar="NAME")
+    data: str = flag(None, "where the datasets with a name are", metavar="DIR")
+    image_folder: str = flag(None, "where the dataset's images are, if not where the README says", metavar="DIR")
+    device: str = flag(None, "cpu, cuda or cuda:1; default: cuda if there is one")
+    precision: str = flag(None, "fp32 with --image, else as in training", choices=("fp32", "bf16"))
 
 
 @command_line
 def main(argv: list[str] | None = None) -> dict | None:
-    typed = parse(argv)
-    file = model_file(typed.get("checkpoint") or newest_run("best.safetensors"))
-    if "image" in typed:
-        segment = load(file, typed.get("device"), typed.get("precision", "fp32"))
-        return segment_images(segment, typed["image"], typed["expression"], file.parent / "masks")
-    device = start_processes(typed.get("device"))
+    typed = parse_flags(argv, Options, __doc__)
+    options = Options(**typed)
+    if bool(options.image) != bool(options.expression):
+        raise InputError("--image and --expression go together")
+    for file in filter(None, (options.json, options.per_sample)):  # before the work, not after it
+        if not Path(file).parent.is_dir():
+            raise InputError(f"there is no folder {Path(file).parent} to write {file} to")
+    file = model_file(options.checkpoint)
+    if options.image:
+        segment = load(file, options.device, options.precision or "fp32")
+        return segment_images(segment, options.image, options.expression, file.parent / "masks")
+    device = start_processes(options.device)
     model, tokenizer = load_model(file)
     about = read_about(file)
-    options = {"split": ["val"], "resolution": "input", "pictures": 0, "json": None, "per_sample": None}
-    options |= {"shuffle_expressions": False, **about["settings"], "device": None}
-    if "dataset" in typed:
-        options["image_folder"] = None  # the run's was another dataset's
-    options = SimpleNamespace(**{**options, **typed})
+    if options.dataset:
+        about["settings"]["image_folder"] = None  # it was another dataset's
+    options = SimpleNamespace(**{**vars(options), **about["settings"], **typed})
     options.precision = resolve_precision(options.precision, device)
     if rank() == 0:
         print(f"{file}, step {about['step']}" + ", expressions shuffled" * options.shuffle_expressions)

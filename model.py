@@ -383,9 +383,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 def save_model(path: Path, model: VEGA, tokenizer: BertTokenizer, **about) -> None:
     """Write one safetensors file: the weights, and as JSON in its header the config, the tokenizer and `about`."""
     header = {"config": asdict(model.config), "tokenizer": tokenizer_rules(tokenizer), **about}
+    header = {name: json.dumps(value) for name, value in header.items()}
     weights = {name: value.cpu().contiguous().clone() for name, value in model.state_dict().items()}
     with whole_file(path) as file:
-        safetensors.torch.save_file(weights, file, {name: json.dumps(value) for name, value in header.items()})
+        file.write_bytes(safetensors.torch.save(weights, header))  # save_file would hide the file from other users
 
 
 def load_model(source: str | Path, **overrides) -> tuple[VEGA, BertTokenizer]:
@@ -406,14 +407,19 @@ def load_model(source: str | Path, **overrides) -> tuple[VEGA, BertTokenizer]:
 
 
 def model_file(source: str | Path | None) -> Path:
-    """The file that a model's name means: the file itself, or the best model of a run's folder. None: of no run."""
-    if source is None:
+    """The file that a model's name means: the file itself, or the best model of a run's folder, or of the newest."""
+    path = Path(source) if source else newest("best.safetensors")
+    if path is None:
         raise InputError("there is no run with a model under runs/ yet. Train one first: python train.py")
-    path = Path(source)
     path = path / "best.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"there is no model {path}: give a run's folder, or a file such as runs/NAME/best.safetensors")
     return path
+
+
+def newest(file: str) -> Path | None:
+    """The newest runs/*/FILE, if there is one."""
+    return max(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def read_about(file: Path) -> dict:
@@ -430,9 +436,3 @@ def tokenizer_rules(tokenizer: BertTokenizer) -> dict:
     """The arguments that make the same tokenizer: its words, and how it cuts a text."""
     names = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
     return {"vocab": tokenizer.get_vocab(), **{name: getattr(tokenizer, name) for name in names}}
-
-
-def newest_run(file: str) -> Path | None:
-    """The folder under runs/ whose FILE is the newest; None if there is none."""
-    found = [path for path in Path("runs").glob(f"*/{file}")]
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None

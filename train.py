@@ -8,7 +8,6 @@ A run leaves in runs/NAME/: best.safetensors, the model of the best oIoU on val;
 log.jsonl and settings.json; last.pt, from which --resume goes on.
 """
 
-import argparse
 import json
 import math
 import time
@@ -27,12 +26,12 @@ from transformers import BertTokenizer
 
 from data import DATASETS, InputError, RefDataset, command_line, input_errors, make_tokenizer, read_dataset
 from evaluate import (
-    autocast, evaluate, gather, load_batches, rank, resolve_precision, score_splits, start_processes, to_device,
-    wait_for_all, world,
+    autocast, evaluate, gather, load_batches, parse_flags, rank, resolve_precision, score_splits, start_processes,
+    to_device, wait_for_all, world,
 )  # fmt: skip
 from model import (
     PRETRAINED_BERT, PRETRAINED_SWIN, TINY, VEGA, VEGAConfig, flag, load_bert, load_model, load_swin, load_weights,
-    model_file, newest_run, read_about, save_model, tokenizer_rules, whole_file,
+    model_file, newest, read_about, save_model, tokenizer_rules, whole_file,
 )  # fmt: skip
 from selection import RATIOS, VARIANTS
 
@@ -71,6 +70,8 @@ class Settings(VEGAConfig):
     log_every: int = flag(10, "steps between two lines of the log", positive, metavar="STEPS")
     validate_every: int = flag(None, "default: an epoch", positive, metavar="STEPS", type=int)
     checkpoint_every: int = flag(1000, "last.pt is written also after so many steps", positive, metavar="STEPS")
+    out: str = flag(None, "the run's folder; default: runs/DATASET-TIME", metavar="DIR")
+    resume: bool = flag(False, "go on from last.pt of --out, or of the newest run; if there is none, start")
 
 
 PRESETS = {
@@ -80,16 +81,18 @@ PRESETS = {
         max_norm=1.0, workers=0,
     ),
 }  # fmt: skip
-# What --resume may change: it leaves the run's result as it is, or is meant to make the run longer
-CHANGEABLE = "epochs max_steps device workers data image_folder log_every validate_every checkpoint_every".split()
+CHANGEABLE = (  # by --resume
+    "epochs max_steps device workers data image_folder log_every validate_every checkpoint_every out resume".split()
+)
 
 
 @command_line
 def main(argv: list[str] | None = None) -> dict:
     """Train, validate and save; returns the best model's scores of each split but train."""
-    settings, out, resumed = read_settings(argv)
+    settings, resumed = read_settings(argv)
     device = start_processes(settings.device)
-    out = gather(out)[0]  # the clock of rank 0 names the run
+    settings.out = gather(settings.out)[0]  # the clock of rank 0 names the run
+    out = Path(settings.out)
     settings.precision = resolve_precision(settings.precision, device)
     share = settings.batch_size // world()  # images a step of this process
     micro_batch = min(settings.micro_batch or share, share)
@@ -204,54 +207,41 @@ def main(argv: list[str] | None = None) -> dict:
 # What main calls, in its order
 
 
-def read_settings(argv: list[str] | None) -> tuple[Settings, Path, dict | None]:
-    """All settings, the run's folder, and what last.pt holds if the run goes on, else None.
+def read_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
+    """All settings, and what last.pt holds if the run goes on, else None.
 
     What was typed counts first; then what the run was started with if it goes on; then the preset, then the defaults.
     Raises InputError if a flag contradicts the run.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for one in fields(Settings):
-        help = one.metadata["help"].replace("%", "%%")
-        if one.default is not None:
-            tiny = f", tiny: {PRESETS['tiny'][one.name]}" if one.name in PRESETS["tiny"] else ""
-            help += f" (default: {one.default}{tiny})"
-        kind = {"action": argparse.BooleanOptionalAction} if one.type is bool else {"type": one.type}
-        options = {**kind, **one.metadata["options"]}
-        parser.add_argument(f"--{one.name.replace('_', '-')}", default=argparse.SUPPRESS, help=help, **options)
-    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/DATASET-TIME)")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from last.pt of --out, or of the newest run; without one, start")  # fmt: skip
     rows = [f"  {name:<22}{v.table:<5}{v.oIoU or '-':>5}  {v.row}" for name, v in VARIANTS.items()]
     rows += [f"  --ratio {ratio:<14}6    {oIoU:>5.2f}  pixels selected" for ratio, (_, oIoU) in RATIOS.items()]
-    parser.epilog = "\n".join(["ablations: name, the paper's table, its oIoU on RefCOCO val, its row:", *rows])
-    typed = vars(parser.parse_args(argv))
-    out, resume = typed.pop("out"), typed.pop("resume")
-    out = Path(out) if out else newest_run("last.pt") if resume else None
-
-    if resume and out and (out / "last.pt").exists():
-        before = json.loads((out / "settings.json").read_text())
-        others = [name for name in typed if typed[name] != before.get(name) and name not in CHANGEABLE]
-        if others:
-            settings = ", ".join(f"{name} {before.get(name)}, not {typed[name]}" for name in others)
-            raise InputError(f"the run in {out} has {settings}: leave such flags out to go on with it")
-        if "epochs" in typed:
-            before["max_steps"] = None
-        with input_errors(f"{out}/last.pt is not of this program, or not whole"):
-            resumed = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
-        return Settings(**{**before, **typed}), out, resumed
-
-    if out and not resume and any((out / file).exists() for file in ("last.pt", "best.safetensors", "metrics.json")):
+    epilog = "\n".join(["ablations: name, the paper's table, its oIoU on RefCOCO val, its row:", *rows])
+    typed = parse_flags(argv, Settings, __doc__, PRESETS["tiny"], epilog)
+    out = Path(typed["out"]) if "out" in typed else None
+    if "resume" in typed:
+        last = out / "last.pt" if out else newest("last.pt")
+        if last and last.exists():
+            before = json.loads(last.with_name("settings.json").read_text())
+            others = [name for name in typed if typed[name] != before.get(name) and name not in CHANGEABLE]
+            if others:
+                values = ", ".join(f"{name} {before.get(name)}, not {typed[name]}" for name in others)
+                raise InputError(f"the run in {last.parent} has {values}: leave such flags out to go on with it")
+            if "epochs" in typed:
+                before["max_steps"] = None
+            with input_errors(f"{last} is not of this program, or not whole"):
+                resumed = torch.load(last, map_location="cpu", weights_only=True)
+            return Settings(**{**before, **typed, "out": str(last.parent)}), resumed
+    elif out and any((out / file).exists() for file in ("last.pt", "best.safetensors", "metrics.json")):
         raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or delete it")
+
     dataset = typed.get("dataset", "shapes")
-    preset = "tiny" if dataset == "shapes" else "base"
-    config = {}
+    preset, config = "tiny" if dataset == "shapes" else "base", {}
     if "init" in typed:
         about = read_about(model_file(typed["init"]))
         preset, config = about["settings"]["model"], about["config"]
     preset = typed.get("model", preset)
-    settings = Settings(**{**PRESETS[preset], "model": preset, **config, **typed})
-    return settings, out or Path(f"runs/{Path(dataset).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"), None
+    new = {"model": preset, "out": f"runs/{Path(dataset).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"}
+    return Settings(**{**PRESETS[preset], **config, **new, **typed}), None
 
 
 def build_model(settings: Settings, resumed: dict | None) -> tuple[VEGA, BertTokenizer]:
