@@ -53,12 +53,7 @@ TABLE_5 = {  # the paper's scores, in the order of COLUMNS
 # Processes and devices
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -81,10 +76,15 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def start_processes(device: str | None) -> torch.device:
-    """Join torchrun's process group, if there is one (nccl on CUDA, gloo on CPU); returns this process's device."""
+    """Join torchrun's process group, if there is one (nccl on CUDA, gloo on CPU); returns this process's device.
+
+    Only rank 0 prints from here on.
+    """
     device = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     return device
 
 
@@ -99,16 +99,12 @@ def resolve_precision(precision: str | None, device: torch.device) -> str:
     return precision or ("bf16" if has_bf16 else "fp32")
 
 
-def gather(value) -> list:
-    """The value of each process, by rank. Every process must call it; none returns before all have called."""
-    values = [value] * world()
-    if world() > 1:
+def gather(value=None) -> list:
+    """The value of each process, by rank. All must call it, and none returns before all have called."""
+    values = [value] * WORLD
+    if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def wait_for_all() -> None:
-    gather(None)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -129,14 +125,8 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
 # Masks of one's own images
 
 
-def load(source: str | Path, device: str | None = None, precision: str = "fp32") -> "Segmenter":
-    """A trained model, from a file or a run's folder: segment = load(source), mask = segment(image, expression)."""
-    model, tokenizer = load_model(source)
-    return Segmenter(model.to(pick_device(device)), tokenizer, precision)
-
-
 class Segmenter:
-    """A model and its tokenizer, for images and expressions as people have them."""
+    """A model for images and expressions as people have them; see `load`."""
 
     def __init__(self, model: VEGA, tokenizer: BertTokenizer, precision: str = "fp32"):
         self.model, self.tokenizer, self.precision = model, tokenizer, precision
@@ -154,11 +144,16 @@ class Segmenter:
         expressions = [expression.encode(errors="replace").decode() for expression in expressions]
         batch = tokenize(self.tokenizer, expressions, self.model.config.max_tokens)
         batch["image"] = to_input(image, self.model.config.image_size).expand(len(expressions), -1, -1, -1)
-        device = self.model.mean.device
-        batch = to_device(batch, device)
-        with autocast(device, self.precision):
-            logits = self.model(batch["image"], batch["input_ids"], batch["attention_mask"])["logits"]
+        batch = to_device(batch, self.model.mean.device)
+        with autocast(self.model.mean.device, self.precision):
+            logits = self.model(**batch)["logits"]
         return F.interpolate(logits[:, None], (image.height, image.width), mode="bilinear")[:, 0].cpu().numpy()
+
+
+def load(source: str | Path, device: str | None = None, precision: str = "fp32") -> Segmenter:
+    """A trained model, from a file or a run's folder: segment = load(source), mask = segment(image, expression)."""
+    model, tokenizer = load_model(source)
+    return Segmenter(model.to(pick_device(device)), tokenizer, precision)
 
 
 def segment_images(segment: Segmenter, given: list[str], expressions: list[str], folder: Path) -> None:
@@ -260,9 +255,9 @@ def evaluate(
     """
     model.eval()
     metrics = Metrics()
-    batches = list(BatchSampler(range(len(dataset)), BATCH_SIZE, drop_last=False))[rank() :: world()]  # dealt whole
+    batches = list(BatchSampler(range(len(dataset)), BATCH_SIZE, drop_last=False))[RANK::WORLD]  # dealt whole
     loader = load_batches(dataset, batches, workers, device)
-    for batch in tqdm(loader, dataset.split, len(batches), leave=False, unit="batch", disable=bool(rank()) or None):
+    for batch in tqdm(loader, dataset.split, len(batches), leave=False, unit="batch", disable=bool(RANK) or None):
         batch = to_device(batch, device)
         with autocast(device, precision):
             output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
@@ -292,10 +287,10 @@ def score_splits(model: VEGA, tokenizer: BertTokenizer, options, device: torch.d
         scores[split] = metrics.compute()
         for sample in metrics.samples:
             lines.append(json.dumps({"split": split, **dataset.ids(sample["index"]), **sample}))
-        if options.pictures and rank() == 0:
+        if options.pictures and RANK == 0:
             label = split + "-shuffled" * options.shuffle_expressions
             draw_pictures(model, tokenizer, dataset, metrics, device, folder, label, options.pictures)
-    if rank():
+    if RANK:
         return scores
     print(f"{'Dataset':<16}{'split':<8}" + "".join(f"{column:>8}" for column in COLUMNS))
     comparable = options.model == "base" and not options.shuffle_expressions and options.resolution == "input"
@@ -455,8 +450,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         about["settings"]["image_folder"] = None  # it was another dataset's
     options = SimpleNamespace(**{**vars(options), **about["settings"], **typed})
     options.precision = resolve_precision(options.precision, device)
-    if rank() == 0:
-        print(f"{file}, step {about['step']}" + ", expressions shuffled" * options.shuffle_expressions)
+    print(f"{file}, step {about['step']}" + ", expressions shuffled" * options.shuffle_expressions)
     scores = score_splits(model.to(device), tokenizer, options, device, file.parent)
     if dist.is_initialized():
         dist.destroy_process_group()

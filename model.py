@@ -245,7 +245,7 @@ class VEGA(nn.Module):
         self.enhance = AttentionLayer(D, heads, dropout=dropout) if variant.enhanced else None
         self.vis = variant.block(D, heads, config.ratio, dropout)
         self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU)) if variant.contrastive else None
-        if variant.block.shares_tau:
+        if variant.shares_tau:
             self.vis.log_tau = self.log_tau
         self.decoder = Decoder(self.vision.dims, D, config.decoder_width, heads)
         for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):  # ImageNet's, of RGB

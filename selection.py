@@ -81,7 +81,6 @@ class VISBlock(nn.Module):
     """
 
     selectors = "all"  # the tokens that select; an ablation may differ, see SELECTORS
-    shares_tau = False  # an ablation whose softmax uses the temperature of Eq. 5 says True
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -171,7 +170,6 @@ class Block(nn.Module):
 
     layers = ("proj_v", "proj_l", "cross_attention", "self_attention")
     selectors = "all"
-    shares_tau = False
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -369,8 +367,6 @@ class SumOnce(Stepwise):
 class Sharp(Stepwise):
     """Ours, beyond the paper: the softmax runs over S / tau, so that a token's most similar pixels weigh far more."""
 
-    shares_tau = True
-
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__(dim, num_heads, ratio, dropout)
         self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU))  # VEGA.__init__ replaces it by Eq. 5's
@@ -394,6 +390,7 @@ class Variant(NamedTuple):
     # the tokens attend to F_v before they select and enter G (ours: in Tables 3 and 4 too); False: F_v is not computed
     enhanced: bool = True
     contrastive: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
+    shares_tau: bool = False  # the block has a log_tau, which is to be that of Eq. 5
 
 
 VARIANTS = {
@@ -414,8 +411,8 @@ VARIANTS = {
     "unmasked-softmax": Variant("4d", "normalization without top-k mask", 76.22, 75.14, UnmaskedSoftmax),
     "no-cross-attention": Variant("4e", "no top-k cross-attention", 76.11, 74.23, NoCrossAttention),
     "sum-once": Variant("ours", "E without the 1 / K of Eq. 4", None, None, SumOnce),
-    "sharp": Variant("ours", "softmax over S / tau, with the tau of Eq. 5", None, None, Sharp),
-    "sum-once-sharp": Variant("ours", "both", None, None, SumOnceSharp),
+    "sharp": Variant("ours", "softmax over S / tau, with the tau of Eq. 5", None, None, Sharp, shares_tau=True),
+    "sum-once-sharp": Variant("ours", "both", None, None, SumOnceSharp, shares_tau=True),
 }  # fmt: skip
 RATIOS = {  # Table 6: mIoU, oIoU. By its oIoU 0.3 beats 0.1 by 0.53 and 0.8 by 0.55; Sec. 4.3.4 says 0.46 and 0.48
     0.1: (76.11, 74.82), 0.2: (76.08, 75.02), 0.3: (76.27, 75.35), 0.4: (76.24, 75.28), 0.5: (76.22, 75.14),

@@ -26,8 +26,8 @@ from transformers import BertTokenizer
 
 from data import DATASETS, InputError, RefDataset, command_line, input_errors, make_tokenizer, read_dataset
 from evaluate import (
-    autocast, evaluate, gather, load_batches, parse_flags, rank, resolve_precision, score_splits, start_processes,
-    to_device, wait_for_all, world,
+    RANK, WORLD, autocast, evaluate, gather, load_batches, parse_flags, resolve_precision, score_splits,
+    start_processes, to_device,
 )  # fmt: skip
 from model import (
     PRETRAINED_BERT, PRETRAINED_SWIN, TINY, VEGA, VEGAConfig, flag, load_bert, load_model, load_swin, load_weights,
@@ -60,6 +60,7 @@ class Settings(VEGAConfig):
     bert_factor: float = flag(1.0, "ours: BERT learns at this share of the rate", positive)
     warmup: float = flag(0.0, "ours: the share of the steps in which the rate rises", lambda share: 0 <= share < 1)
     beta2: float = flag(0.999, "ours: AdamW's", lambda beta: 0 <= beta < 1)
+    power: float = flag(0.9, "LAVT: of the rate's polynomial decay", positive)
     weight_decay: float = flag(0.01, "LAVT: AdamW's", lambda decay: decay >= 0)
     max_norm: float = flag(0.0, "ours: a gradient of a larger norm is scaled down to it; 0: none is", lambda n: n >= 0)
     seed: int = flag(0, "of starting weights, order, sentences and dropout; not of the shapes", lambda n: n >= 0)
@@ -94,19 +95,19 @@ def main(argv: list[str] | None = None) -> dict:
     settings.out = gather(settings.out)[0]  # the clock of rank 0 names the run
     out = Path(settings.out)
     settings.precision = resolve_precision(settings.precision, device)
-    share = settings.batch_size // world()  # images a step of this process
+    share = settings.batch_size // WORLD  # images a step of this process
     micro_batch = min(settings.micro_batch or share, share)
-    if settings.batch_size % world() or share % micro_batch:
-        way = f"{world()} process(es) with {settings.micro_batch or 'all its'} images at a time"
+    if settings.batch_size % WORLD or share % micro_batch:
+        way = f"{WORLD} process(es) with {settings.micro_batch or 'all its'} images at a time"
         raise InputError(f"--batch-size {settings.batch_size} does not divide among {way}")
     micro_batches = share // micro_batch
 
     # data and model
-    if rank():
-        wait_for_all()  # rank 0 downloads or generates what is missing
+    if RANK:
+        gather()  # rank 0 downloads or generates what is missing
     model, tokenizer = build_model(settings, resumed)
-    if rank() == 0:
-        wait_for_all()
+    if RANK == 0:
+        gather()
     model.to(device)
     if settings.gradient_checkpointing:
         model.vision.swin.set_grad_checkpointing()
@@ -129,14 +130,14 @@ def main(argv: list[str] | None = None) -> dict:
     if done > total:
         raise InputError(f"{out} has done {done} steps already, more than the {total} that it would end with")
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print_once(f"{settings.model} VEGA, {parameters:.1f} M parameters, on {settings.dataset}: {len(train)} objects")
-    print_once(f"{total} steps of {settings.batch_size} on {world()} x {device.type}, {settings.precision}; run: {out}")
-    parallel = DistributedDataParallel(model) if world() > 1 else model
+    tqdm.write(f"{settings.model} VEGA, {parameters:.1f} M parameters, on {settings.dataset}: {len(train)} objects")
+    tqdm.write(f"{total} steps of {settings.batch_size} on {WORLD} x {device.type}, {settings.precision}; run: {out}")
+    parallel = DistributedDataParallel(model) if WORLD > 1 else model
     parallel.broadcast_buffers = False  # they are constants; set here, for torch 2.15 deprecates the argument
-    order = training_batches(len(train), settings.batch_size, done, total, settings.seed, rank(), world())
+    order = training_batches(len(train), settings.batch_size, done, total, settings.seed, RANK, WORLD)
     sums, logged, began = defaultdict(float), done, time.perf_counter()  # sums: of the losses since the step `logged`
     bar = tqdm(load_batches(train, order, settings.workers, device), "training", total, initial=done, unit="step",
-               disable=bool(rank()) or None)  # fmt: skip
+               disable=bool(RANK) or None)  # fmt: skip
 
     for step, batch in enumerate(bar, done + 1):
         lr = learning_rate(step, total, settings)
@@ -144,7 +145,8 @@ def main(argv: list[str] | None = None) -> dict:
             group["lr"] = lr * group["factor"]
 
         # one step
-        torch.manual_seed(dropout_seed(settings.seed, step, rank()))
+        dropout_seed = np.random.default_rng((settings.seed, step, RANK)).integers(2**63)  # the same after --resume
+        torch.manual_seed(int(dropout_seed))
         model.train()
         optimizer.zero_grad()
         batch = to_device(batch, device)
@@ -169,7 +171,10 @@ def main(argv: list[str] | None = None) -> dict:
         saving = step % settings.checkpoint_every == 0 or validating
         if logging or saving:
             means = mean_losses(sums, step - logged)
-            check_finite(model, means, step, out / "last.pt")
+            if not (math.isfinite(means["loss"]) and get_total_norm(model.parameters()).isfinite()):
+                last = out / "last.pt"
+                kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+                raise InputError(f"the loss or a weight is not finite at step {step}; {kept}")
         if logging:
             tau = {} if model.log_tau is None else {"tau": model.log_tau.exp().item()}
             line = {"step": step, "epoch": step / steps_per_epoch, **means, "gradient norm": norm.item(), "lr": lr}
@@ -178,17 +183,17 @@ def main(argv: list[str] | None = None) -> dict:
             sums, logged = defaultdict(float), step
         if validating:
             scores = evaluate(model, val, device, settings.precision, settings.workers).compute()
-            print_once(f"step {step}: val mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
+            tqdm.write(f"step {step}: val mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
             write_log(out, {"step": step, "split": "val", **scores})
             if scores["oIoU"] > best:  # ours: the best by oIoU on val
                 best = scores["oIoU"]
-                if rank() == 0:
+                if RANK == 0:
                     about = {"settings": asdict(settings), "step": step, "scores": {"val": scores}}
                     save_model(out / "best.safetensors", model, tokenizer, **about)
         if saving:
-            if rank() == 0:
+            if RANK == 0:
                 save_last(out / "last.pt", model, optimizer, tokenizer, step, best, settings)
-            wait_for_all()
+            gather()
 
     # the best model's scores on every split but the training one, and pictures of them
     splits, _ = read_dataset(settings.dataset, settings.data, settings.image_folder)
@@ -270,9 +275,9 @@ def build_model(settings: Settings, resumed: dict | None) -> tuple[VEGA, BertTok
         load_weights(model, resumed["model"], "last.pt")
     if bert:
         model.bert.load_state_dict(bert.state_dict())
-        print_once(f"BERT: {len(bert.state_dict())} tensors from {settings.bert}; VEGA has no pooler")
+        tqdm.write(f"BERT: {len(bert.state_dict())} tensors from {settings.bert}; VEGA has no pooler")
     if source:
-        print_once(load_swin(model.vision.swin, source, settings.window_size))
+        tqdm.write(load_swin(model.vision.swin, source, settings.window_size))
     return model, tokenizer
 
 
@@ -305,36 +310,20 @@ def training_batches(objects: int, batch_size: int, done: int, total: int, seed:
 
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
-    """Of a step from 1 to total: polynomial decay (Sec. 4.1). Ours: power 0.9, and the warm-up."""
+    """Of a step from 1 to total: polynomial decay (Sec. 4.1), after the warm-up."""
     warmup = settings.warmup * total
     if step < warmup + 1:
         return settings.lr * step / (warmup + 1)
-    return settings.lr * (1 - (step - 1 - warmup) / (total - warmup)) ** 0.9
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Of a step, so that a resumed run draws the same dropout as one that was never stopped."""
-    return int(np.random.default_rng((seed, step, rank)).integers(2**63))
+    return settings.lr * (1 - (step - 1 - warmup) / (total - warmup)) ** settings.power
 
 
 def mean_losses(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float]:
     """The losses' means over the steps and over the processes."""
     values = torch.stack(list(sums.values()))
-    if world() > 1:
+    if WORLD > 1:
         dist.all_reduce(values)
-        values /= world()
+        values /= WORLD
     return {name: value / steps for name, value in zip(sums, values.tolist())}
-
-
-def check_finite(model: VEGA, losses: dict[str, float], step: int, last: Path) -> None:
-    """Stop all processes if a loss or a weight is not finite; `last` is then the checkpoint of an earlier state."""
-    weights = get_total_norm(list(model.parameters())).item()
-    wrong = "loss" if not math.isfinite(losses["loss"]) else "weights" if not math.isfinite(weights) else None
-    if wrong and rank():
-        raise SystemExit(1)
-    if wrong:
-        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-        raise InputError(f"not finite at step {step}: {wrong}; {kept}. Try a lower --lr, or --precision fp32")
 
 
 def save_last(path: Path, model: VEGA, optimizer, tokenizer: BertTokenizer, step: int, best: float, settings) -> None:
@@ -348,17 +337,12 @@ def save_last(path: Path, model: VEGA, optimizer, tokenizer: BertTokenizer, step
 
 def write_log(out: Path, line: dict) -> None:
     """Append a line. After a kill and --resume some steps stand twice: of two lines of one step the later counts."""
-    if rank() == 0:
-        with input_errors(f"can't write {out / 'log.jsonl'}; make room, then --resume"):
-            out.mkdir(parents=True, exist_ok=True)  # not before: a run that never began leaves nothing
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-
-
-def print_once(text: str) -> None:
-    """Print above the bar, on rank 0."""
-    if rank() == 0:
-        tqdm.write(text)
+    if RANK:
+        return
+    with input_errors(f"can't write {out / 'log.jsonl'}; make room, then --resume"):
+        out.mkdir(parents=True, exist_ok=True)  # not before: a run that never began leaves nothing
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":
