@@ -199,7 +199,7 @@ def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
 
 
 def make_tokenizer(expressions: list[str]) -> BertTokenizer:
-    """BERT's tokenizer with the whole words of these expressions for its vocabulary; others become [UNK]."""
+    """BERT's tokenizer, whose vocabulary is the whole words of these expressions; others become [UNK]."""
     bare = BertTokenizer(do_lower_case=True).backend_tokenizer
     text = bare.normalizer.normalize_str(" ".join(expressions))
     words = sorted({word for word, _ in bare.pre_tokenizer.pre_tokenize_str(text)})
@@ -226,15 +226,12 @@ def locate(name: str, data: Path) -> Path:
         if name == "shapes" and not refs.parent.exists():
             generate_shapes(refs.parent)
         return refs
-    refs = Path(name)
-    if refs.is_dir():
-        found = sorted([*refs.glob("refs*.p"), *refs.glob("refs.json")])
-        if len(found) > 1:
-            raise InputError(f"{name} holds several refs files; name one of them: {', '.join(map(str, found))}")
-        return found[0] if found else refs / "refs.json"
-    if not refs.is_file():
+    if not Path(name).exists():
         raise InputError(f"there is no dataset {name}: give a folder, a refs file or one of {', '.join(DATASETS)}")
-    return refs
+    found = [*Path(name).glob("refs*.p"), *Path(name).glob("refs.json")] if Path(name).is_dir() else [Path(name)]
+    if len(found) != 1:
+        raise InputError(f"{name} must hold one refs file, or name one of them; it holds: {', '.join(map(str, found))}")
+    return found[0]
 
 
 class ReferredObject(NamedTuple):
@@ -296,7 +293,7 @@ def read_dataset(name: str, data: str, image_folder: str | None = None) -> tuple
             height, width = int(image["height"]), int(image["width"])
             if min(height, width) < 1:
                 raise ValueError(f"its image cannot have {height} x {width} pixels")
-            if not isinstance(ref["split"], str) or not re.fullmatch(r"\w[\w.+-]{0,50}", ref["split"]):
+            if not re.fullmatch(r"\w[\w.+-]{0,50}", ref["split"]):
                 raise ValueError(f"its split must be a short name such as 'val', not {ref['split']!r}")
             sentences = ref["sentences"] if isinstance(ref["sentences"], (list, tuple)) else []
             sentences = [one if isinstance(one, dict) else {"raw": one} for one in sentences]
@@ -359,10 +356,11 @@ class RefDataset(torch.utils.data.Dataset):
         return {"image": self.decoded[1], "mask": torch.from_numpy(np.array(mask)), **tokens, "index": index}
 
     def ids(self, index: int) -> dict:
-        """{"ref_id", "sent_id", "image_id", "expression"} of sentence `index`, for logs."""
+        """Of sentence `index`, for logs."""
         item = self.object_of(index)
-        ids = {"ref_id": item.ref_id, "sent_id": item.sent_ids[index - self.first[self.owners[index]]]}
-        return {**ids, "image_id": item.image_id, "expression": self.expressions[index]}
+        sent_id = item.sent_ids[index - self.first[self.owners[index]]]
+        expression = self.expressions[index]
+        return {"ref_id": item.ref_id, "sent_id": sent_id, "image_id": item.image_id, "expression": expression}
 
     def object_of(self, index: int) -> ReferredObject:
         """The object that sentence `index` names."""
@@ -417,10 +415,7 @@ def save_grid(path: Path, rows: list[tuple[str, list[tuple[str, Image.Image]]]],
 
 
 def check(name: str, data: str = "data", image_folder: str | None = None, every_image: bool = False) -> bool:
-    """Print which parts of a dataset are on disk and what is wrong, and draw 12 samples; True if nothing is wrong.
-
-    every_image: decode the image and draw the mask of every object, not of a sample of 200.
-    """
+    """Print which parts of a dataset are on disk and what is wrong, and draw 12 samples; True if nothing is wrong."""
     splits, folder = read_dataset(name, data, image_folder)  # raises what training would raise
     print(f"{name}; images in {folder}")
     wrong, sizes = [], DATASETS[name][1] if name in DATASETS else {}
@@ -432,15 +427,16 @@ def check(name: str, data: str = "data", image_folder: str | None = None, every_
             wrong.append(f"{split}: WRONG, not {sizes[split]}")
         elif not items:
             wrong.append(f"{split}: MISSING, and needed to train")
-    datasets = [RefDataset(name, split, data, image_folder) for split in splits]
-    blank = sum(not text for dataset in datasets for text in dataset.expressions)
-    missing = {one.file_name for items in splits.values() for one in items if not (folder / one.file_name).is_file()}
-    print(f"blank sentences: {blank}; image files missing: {len(missing)}")
+    items = [item for items in splits.values() for item in items]
+    missing = {item.file_name for item in items if not (folder / item.file_name).is_file()}
+    print(f"blank sentences: {sum(not text for item in items for text in item.sentences)}")
+    print(f"image files missing: {len(missing)}")
     wrong += [f"missing: {file}" for file in sorted(missing)[:5]]
 
+    datasets = [RefDataset(name, split, data, image_folder) for split in splits]
     samples = [(d, i) for d in datasets for i in d.first[:-1] if d.object_of(i).file_name not in missing]
     np.random.default_rng(0).shuffle(samples)
-    samples = samples if every_image else samples[:200]
+    samples = samples if every_image else samples[:200]  # whose image is decoded and mask is drawn
     broken, tiles, empty = [], [], 0
     for dataset, index in tqdm(samples, desc="decoding", unit="object", disable=None):
         try:

@@ -8,6 +8,7 @@ Under torchrun the batches are dealt to the ranks, and no sample is counted twic
 """
 
 import argparse
+import atexit
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch.utils.data import BatchSampler, DataLoader, default_collate
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
 
@@ -52,25 +53,20 @@ TABLE_5 = {  # the paper's scores, in the order of COLUMNS
 
 # Processes and devices
 
-
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
 
 
 def pick_device(device: str | None) -> torch.device:
     """The device of that name, or CUDA if there is one; under torchrun each process has a GPU of its own.
 
-    A GPU becomes the current one, so that nothing lands on GPU 0. Raises InputError if there is no such device.
+    A GPU becomes the current one, so that nothing lands on GPU 0.
     """
     with input_errors(f"--device {device or 'cuda'} can't be used here; try --device cpu"):
         picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if picked.type == "cuda":
             picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", picked.index or 0)))
-            if picked.index >= torch.cuda.device_count() > 0:
-                raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs; each takes one process at most")
             torch.cuda.set_device(picked)
             torch.backends.cudnn.allow_tf32 = False  # else convolutions in fp32 round their inputs to TF32
-        elif picked.type != "cpu":
-            raise RuntimeError("it must be cpu or cuda")
         torch.zeros(1, device=picked)
         return picked
 
@@ -83,6 +79,7 @@ def start_processes(device: str | None) -> torch.device:
     device = pick_device(device)
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -107,29 +104,28 @@ def gather(value=None) -> list:
     return values
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-
-
 def load_batches(dataset: RefDataset, batches, workers: int, device: torch.device):
-    """An iterator over the batches, which are lists of the dataset's items."""
+    """Yield the batches, which are lists of the dataset's items, on the device."""
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # so that loading does not advance torch's global one
         # fork shares the dataset's memory; the fork server, Python 3.14's default, would copy it
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip
-    return iter(loader)
+    for batch in loader:
+        yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
 
 
 # Masks of one's own images
 
 
 class Segmenter:
-    """A model for images and expressions as people have them; see `load`."""
+    """A model for images and expressions as people have them, from a file or a run's folder."""
 
-    def __init__(self, model: VEGA, tokenizer: BertTokenizer, precision: str = "fp32"):
-        self.model, self.tokenizer, self.precision = model, tokenizer, precision
+    def __init__(self, source: str | Path, device: str | None = None, precision: str = "fp32"):
+        self.model, self.tokenizer = load_model(source)
+        self.model.to(pick_device(device))
+        self.precision = precision
 
     def __call__(self, image: Image.Image | str | Path, expression: str) -> np.ndarray:
         """The image's pixels that the expression names: bool [height, width] at the image's own size."""
@@ -144,16 +140,15 @@ class Segmenter:
         expressions = [expression.encode(errors="replace").decode() for expression in expressions]
         batch = tokenize(self.tokenizer, expressions, self.model.config.max_tokens)
         batch["image"] = to_input(image, self.model.config.image_size).expand(len(expressions), -1, -1, -1)
-        batch = to_device(batch, self.model.mean.device)
-        with autocast(self.model.mean.device, self.precision):
-            logits = self.model(**batch)["logits"]
+        device = self.model.mean.device
+        with autocast(device, self.precision):
+            logits = self.model(**{name: values.to(device) for name, values in batch.items()})["logits"]
         return F.interpolate(logits[:, None], (image.height, image.width), mode="bilinear")[:, 0].cpu().numpy()
 
 
-def load(source: str | Path, device: str | None = None, precision: str = "fp32") -> Segmenter:
-    """A trained model, from a file or a run's folder: segment = load(source), mask = segment(image, expression)."""
-    model, tokenizer = load_model(source)
-    return Segmenter(model.to(pick_device(device)), tokenizer, precision)
+def load(source: str | Path, device: str | None = None) -> Segmenter:
+    """segment = load("runs/NAME"); mask = segment(image, expression)"""
+    return Segmenter(source, device)
 
 
 def segment_images(segment: Segmenter, given: list[str], expressions: list[str], folder: Path) -> None:
@@ -225,11 +220,7 @@ def paper_scores(config: VEGAConfig, dataset: str, split: str) -> dict:
 
 
 def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
-    """Every mask gets the sentence of another image, by a permutation without fixed points.
-
-    Images are put in random order, each image's sentences side by side. Then all move on by as
-    many places as the largest image has sentences, so that each lands in another image.
-    """
+    """Every mask gets the sentence of another image, by a permutation without fixed points."""
     rng = np.random.default_rng(seed)
     images = itertools.groupby(range(len(dataset)), lambda index: dataset.object_of(index).image_id)
     images = [rng.permutation(list(indices)) for _, indices in images]
@@ -237,7 +228,7 @@ def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     longest = max(map(len, images))
     if 2 * longest > len(dataset):
         raise InputError("shuffled expressions need at least two images, none with more than half of the sentences")
-    order = np.concatenate(images)
+    order = np.concatenate(images)  # image by image; moved on by `longest`, each sentence lands in another image
     source = np.roll(order, longest)[np.argsort(order)]
     dataset.expressions = [dataset.expressions[s] for s in source]
     dataset.tokens = {name: values[source] for name, values in dataset.tokens.items()}
@@ -258,7 +249,6 @@ def evaluate(
     batches = list(BatchSampler(range(len(dataset)), BATCH_SIZE, drop_last=False))[RANK::WORLD]  # dealt whole
     loader = load_batches(dataset, batches, workers, device)
     for batch in tqdm(loader, dataset.split, len(batches), leave=False, unit="batch", disable=bool(RANK) or None):
-        batch = to_device(batch, device)
         with autocast(device, precision):
             output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
         for index, logits, mask in zip(batch["index"].tolist(), output["logits"], batch["mask"]):
@@ -331,10 +321,9 @@ def draw_pictures(
 
     def draw_sample(index: int) -> tuple[str, list]:
         """A sample's title and tiles: those of pictures-NAME.png, one for each token after [CLS], the plane."""
-        item, image = dataset[index], dataset.image(index)
-        batch = to_device(default_collate([item]), device)
-        output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
-        truth = overlay(image, item["mask"], GREEN)
+        (item,), image = load_batches(dataset, [[index]], 0, device), dataset.image(index)
+        output = model(item["image"], item["input_ids"], item["attention_mask"])
+        truth = overlay(image, item["mask"][0].cpu(), GREEN)
         prediction = overlay(image, (output["logits"][0] > 0).cpu(), RED)
         tiles = [("image", image), ("ground truth", truth), ("prediction", prediction)]
         if model.vis.selectors != "none":
@@ -343,10 +332,10 @@ def draw_pictures(
             heat = 255 * (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
             heat = Image.fromarray(heat.byte().numpy()).resize(image.size, Image.Resampling.BILINEAR)
             tiles.append(("similarity to [CLS]", heat))
-            tokens = tokenizer.convert_ids_to_tokens(item["input_ids"][item["attention_mask"] == 1])
+            tokens = tokenizer.convert_ids_to_tokens(item["input_ids"][item["attention_mask"] == 1].tolist())
             tiles += [(f"selected by {token}", overlay(image, m, WHITE)) for token, m in zip(tokens, M)]
         if output["F_v"] is not None:
-            tiles.append(("features in the plane", feature_map(output, item["mask"])))
+            tiles.append(("features in the plane", feature_map(output, item["mask"][0])))
         return f"{dataset.expressions[index]}   (IoU {100 * metrics.samples[index]['iou']:.0f})", tiles
 
     spread = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist()
@@ -354,10 +343,8 @@ def draw_pictures(
     of_one_image = [i for i in range(len(dataset)) if dataset.object_of(i).image_id == middle]
     for view, indices in (("pictures", spread), ("expressions", of_one_image)):
         save_grid(folder / f"{view}-{name}.png", [(title, tiles[:5]) for title, tiles in map(draw_sample, indices)])
-
     title, tiles = draw_sample(len(dataset) // 2)
     save_grid(folder / f"words-{name}.png", [(title * (i == 0), tiles[i : i + 5]) for i in range(0, len(tiles), 5)])
-
     if model.vis.selectors != "none":
         rows, trained = [], model.vis.ratio
         for ratio in (0.1, 0.3, 0.5, 0.8):
@@ -441,7 +428,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             raise InputError(f"there is no folder {Path(file).parent} to write {file} to")
     file = model_file(options.checkpoint)
     if options.image:
-        segment = load(file, options.device, options.precision or "fp32")
+        segment = Segmenter(file, options.device, options.precision or "fp32")
         return segment_images(segment, options.image, options.expression, file.parent / "masks")
     device = start_processes(options.device)
     model, tokenizer = load_model(file)
@@ -451,10 +438,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     options = SimpleNamespace(**{**vars(options), **about["settings"], **typed})
     options.precision = resolve_precision(options.precision, device)
     print(f"{file}, step {about['step']}" + ", expressions shuffled" * options.shuffle_expressions)
-    scores = score_splits(model.to(device), tokenizer, options, device, file.parent)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return scores
+    return score_splits(model.to(device), tokenizer, options, device, file.parent)
 
 
 if __name__ == "__main__":

@@ -359,7 +359,7 @@ def load_weights(module: nn.Module, weights: dict, source: str) -> None:
     module.load_state_dict(weights)
 
 
-# A model's file, and other files that must be whole
+# Files
 
 
 @contextlib.contextmanager
@@ -390,46 +390,38 @@ def save_model(path: Path, model: VEGA, tokenizer: BertTokenizer, **about) -> No
 
 
 def load_model(source: str | Path, **overrides) -> tuple[VEGA, BertTokenizer]:
-    """The model on the CPU, ready to evaluate, and its tokenizer.
+    """The model on the CPU, ready to evaluate, and its tokenizer. Reading the file runs nothing.
 
-    Args:
-        source: a file of `save_model`, or the folder of a run, which holds one.
-        overrides: fields of VEGAConfig that take the place of the file's, such as ratio.
-
-    Raises InputError if the file can't be read, is cut short or does not fit. Reading it runs nothing.
+    source: see `model_file`. overrides: fields of VEGAConfig that take the place of the file's, such as ratio.
+    Raises InputError if the file can't be read, is cut short or does not fit.
     """
-    file = model_file(source)
-    about = read_about(file)
+    file, about = model_file(source), read_about(source)
     with input_errors(f"{file} does not fit this program"):
         model = VEGA(VEGAConfig(**{**about["config"], **overrides}))
         load_weights(model, safetensors.torch.load_file(file), str(file))
         return model.eval(), BertTokenizer(**about["tokenizer"])
 
 
+def read_about(source: str | Path) -> dict:
+    """What a model's file holds beside the weights: "config", "tokenizer"; of train.py "settings", "step", "scores"."""
+    with input_errors(f"{source} holds no model of this program, or was cut short"):
+        with safetensors.safe_open(model_file(source), "pt") as file:
+            return {name: json.loads(text) for name, text in file.metadata().items()}
+
+
 def model_file(source: str | Path | None) -> Path:
-    """The file that a model's name means: the file itself, or the best model of a run's folder, or of the newest."""
-    path = Path(source) if source else newest("best.safetensors")
-    if path is None:
-        raise InputError("there is no run with a model under runs/ yet. Train one first: python train.py")
+    """The file that a model's name means: itself, or the best model of a run's folder; None: of the newest run."""
+    path = Path(source or newest("best.safetensors"))
     path = path / "best.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"there is no model {path}: give a run's folder, or a file such as runs/NAME/best.safetensors")
     return path
 
 
-def newest(file: str) -> Path | None:
-    """The newest runs/*/FILE, if there is one."""
-    return max(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, default=None)
-
-
-def read_about(file: Path) -> dict:
-    """What `save_model` wrote beside the weights: "config", "tokenizer", and what train.py adds."""
-    with input_errors(f"{file} is not a model of this program, or was cut short"):
-        with safetensors.safe_open(file, "pt") as opened:
-            about = {name: json.loads(value) for name, value in opened.metadata().items()}
-        if not {"config", "tokenizer"} <= about.keys():
-            raise ValueError("it has no config or no tokenizer")
-        return about
+def newest(file: str) -> Path:
+    """The newest runs/*/FILE."""
+    found = max(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, default=None)
+    return found or Path("runs/NAME") / file  # which does not exist
 
 
 def tokenizer_rules(tokenizer: BertTokenizer) -> dict:

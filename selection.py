@@ -165,8 +165,12 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
 SELECTORS = {"all": slice(None), "words": slice(1, None), "[CLS]": slice(0, 1), "none": slice(0, 0)}  # of the tokens
 
 
-class Block(nn.Module):
-    """What stands in VISBlock's place in an ablation: only those of its layers that `layers` names."""
+class Stepwise(nn.Module):
+    """Algorithm 1 again, one method per step. With no step overridden it returns what VISBlock does, bit for bit.
+
+    An ablation overrides a step, or `express` if the steps do not fit, and names the layers that it uses. To change
+    VEGA itself, change the step here and in VISBlock, so that each ablation differs from `vega` in one thing alone.
+    """
 
     layers = ("proj_v", "proj_l", "cross_attention", "self_attention")
     selectors = "all"
@@ -178,19 +182,12 @@ class Block(nn.Module):
             attention = name.endswith("attention")
             self.add_module(name, AttentionLayer(dim, num_heads, dropout=dropout) if attention else nn.Linear(dim, dim))
 
-
-class Stepwise(Block):
-    """Algorithm 1 again, one method per step. With no step overridden, it returns what VISBlock returns, on a CPU bit
-    for bit.
-
-    An ablation overrides a step, or `forward` if the steps do not fit, and leaves the layers out that it does not use.
-    To change VEGA itself, change the step here and in VISBlock, so that each ablation still differs from `vega` in one
-    thing alone.
-    """
-
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
+        Q_v, mask_v, S, M = self.express(F_v, Q_l, mask_l)
+        return Selection(torch.cat([Q_l, Q_v], dim=1), torch.cat([mask_l, mask_v], dim=1), S, M)
+
+    def express(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:  # -> Q_v [B, R, D], its mask [B, R], S, M
         selecting = SELECTORS[self.selectors]  # R tokens select
-        mask = mask_l[:, selecting]  # [B, R]
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
             S = self.compare(F_v, Q_l[:, selecting])
@@ -199,8 +196,7 @@ class Stepwise(Block):
             S_norm = self.normalise(S, M_hat)
             E = self.pool(M, S_norm, F_v)
         Q_v = self.extract(E, F_v, M_hat)
-        Q_v = self.relate(Q_v, mask)
-        return Selection(torch.cat([Q_l, Q_v], dim=1), torch.cat([mask_l, mask], dim=1), S, M)
+        return self.relate(Q_v, mask_l[:, selecting]), mask_l[:, selecting], S, M
 
     def compare(self, F_v: Tensor, tokens: Tensor) -> Tensor:  # -> S [B, R, N]
         return F.normalize(self.proj_l(tokens), dim=-1) @ F.normalize(self.proj_v(F_v), dim=-1).mT
@@ -224,66 +220,58 @@ class Stepwise(Block):
         return self.self_attention(Q_v, Q_v, padding_bias(mask))
 
 
-class LinguisticGuidance(Block):
+class LinguisticGuidance(Stepwise):
     """Table 2, rows 1 and 2: G is the linguistic tokens. We take row 2 for Figure 5's "w/o visual expression"."""
 
-    layers = ()
-    selectors = "none"
+    layers, selectors = (), "none"
 
-    def forward(self, F_v: Tensor | None, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        return Selection(Q_l, mask_l, None, None)  # G [B, T, D]
+    def express(self, F_v: Tensor | None, Q_l: Tensor, mask_l: Tensor) -> tuple:
+        return Q_l[:, :0], mask_l[:, :0], None, None  # no visual token: G [B, T, D]
 
 
-class AllPixels(Block):
-    """Table 3a, row 1: every pixel token of F_v enters G."""
+class AllPixels(Stepwise):
+    """Table 3a, row 1: every pixel token of F_v enters G, [B, T + N, D]."""
 
-    layers = ()
-    selectors = "none"
+    layers, selectors = (), "none"
 
-    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        G = torch.cat([Q_l, F_v], dim=1)  # [B, T + N, D]
-        return Selection(G, F.pad(mask_l, (0, F_v.shape[1]), value=1), None, None)
+    def express(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
+        return F_v, mask_l.new_ones(F_v.shape[:2]), None, None
 
 
 class TopKPixels(Stepwise):
-    """Table 3a, row 2: the K pixel tokens that [CLS] selects enter G as they are.
+    """Table 3a, row 2: the K pixel tokens that [CLS] selects enter G as they are, [B, T + K, D].
 
     Eq. 5 alone teaches the projections.
     """
 
-    layers = ("proj_v", "proj_l")
-    selectors = "[CLS]"
+    layers, selectors = ("proj_v", "proj_l"), "[CLS]"
 
-    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
+    def express(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
             S = self.compare(F_v, Q_l[:, :1])  # [B, 1, N]
         rank_index = self.rank(S).sort().values  # [B, 1, K] in the map's order
         F_topk = F_v.take_along_dim(rank_index.mT, dim=1)  # [B, K, D]
-        G = torch.cat([Q_l, F_topk], dim=1)  # [B, T + K, D]
-        return Selection(G, F.pad(mask_l, (0, F_topk.shape[1]), value=1), S, self.select(S))
+        return F_topk, mask_l.new_ones(F_topk.shape[:2]), S, self.select(S)
 
 
-class NoCues(Block):
+class NoCues(Stepwise):
     """Table 3b, row 1: neither [CLS] nor the words select; learned queries gather from all pixels.
 
     Ours: MAX_TOKENS learned queries. The paper says only that both cues are gone. Some visual tokens must remain:
     without any it would be Table 2, row 2, whose scores differ.
     """
 
-    layers = ("cross_attention", "self_attention")
-    selectors = "none"
+    layers, selectors = ("cross_attention", "self_attention"), "none"
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__(dim, num_heads, ratio, dropout)
         self.queries = nn.Parameter(0.02 * torch.randn(MAX_TOKENS, dim))
 
-    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
+    def express(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
         E = self.queries.expand(len(F_v), -1, -1)  # [B, MAX_TOKENS, D]
         Q_v = self.cross_attention(E, F_v)  # no pixel and no query is hidden
-        Q_v = self.self_attention(Q_v, Q_v)
-        G = torch.cat([Q_l, Q_v], dim=1)  # [B, T + MAX_TOKENS, D]
-        return Selection(G, F.pad(mask_l, (0, E.shape[1]), value=1), None, None)
+        return self.self_attention(Q_v, Q_v), mask_l.new_ones(E.shape[:2]), None, None
 
 
 class LocalOnly(Stepwise):
@@ -294,9 +282,9 @@ class LocalOnly(Stepwise):
 
     selectors = "words"
 
-    def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        G, mask_G, S, M = super().forward(F_v, Q_l, mask_l)  # S and M [B, T - 1, N]
-        return Selection(G, mask_G, F.pad(S, (0, 0, 1, 0)), F.pad(M, (0, 0, 1, 0)))
+    def express(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
+        Q_v, mask_v, S, M = super().express(F_v, Q_l, mask_l)  # S and M [B, T - 1, N]
+        return Q_v, mask_v, F.pad(S, (0, 0, 1, 0)), F.pad(M, (0, 0, 1, 0))
 
 
 class GlobalOnly(Stepwise):
@@ -306,8 +294,7 @@ class GlobalOnly(Stepwise):
     alone. Ours: no self-attention, since the one visual token has no other to look at.
     """
 
-    layers = ("proj_v", "proj_l", "cross_attention")
-    selectors = "[CLS]"
+    layers, selectors = ("proj_v", "proj_l", "cross_attention"), "[CLS]"
 
     def relate(self, Q_v: Tensor, mask: Tensor) -> Tensor:
         return Q_v

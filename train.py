@@ -27,7 +27,7 @@ from transformers import BertTokenizer
 from data import DATASETS, InputError, RefDataset, command_line, input_errors, make_tokenizer, read_dataset
 from evaluate import (
     RANK, WORLD, autocast, evaluate, gather, load_batches, parse_flags, resolve_precision, score_splits,
-    start_processes, to_device,
+    start_processes,
 )  # fmt: skip
 from model import (
     PRETRAINED_BERT, PRETRAINED_SWIN, TINY, VEGA, VEGAConfig, flag, load_bert, load_model, load_swin, load_weights,
@@ -149,7 +149,6 @@ def main(argv: list[str] | None = None) -> dict:
         torch.manual_seed(int(dropout_seed))
         model.train()
         optimizer.zero_grad()
-        batch = to_device(batch, device)
         for first in range(0, share, micro_batch):
             micro = {name: values[first : first + micro_batch] for name, values in batch.items()}
             # DDP averages the processes' gradients in the last micro-batch alone
@@ -172,9 +171,7 @@ def main(argv: list[str] | None = None) -> dict:
         if logging or saving:
             means = mean_losses(sums, step - logged)
             if not (math.isfinite(means["loss"]) and get_total_norm(model.parameters()).isfinite()):
-                last = out / "last.pt"
-                kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-                raise InputError(f"the loss or a weight is not finite at step {step}; {kept}")
+                raise InputError(f"the loss or a weight is not finite after step {step}; it is not saved to {out}")
         if logging:
             tau = {} if model.log_tau is None else {"tau": model.log_tau.exp().item()}
             line = {"step": step, "epoch": step / steps_per_epoch, **means, "gradient norm": norm.item(), "lr": lr}
@@ -203,10 +200,7 @@ def main(argv: list[str] | None = None) -> dict:
     )  # fmt: skip
     del model, parallel, optimizer
     model, tokenizer = load_model(out)
-    scores = score_splits(model.to(device), tokenizer, options, device, out)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return scores
+    return score_splits(model.to(device), tokenizer, options, device, out)
 
 
 # What main calls, in its order
@@ -225,7 +219,7 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
     out = Path(typed["out"]) if "out" in typed else None
     if "resume" in typed:
         last = out / "last.pt" if out else newest("last.pt")
-        if last and last.exists():
+        if last.exists():
             before = json.loads(last.with_name("settings.json").read_text())
             others = [name for name in typed if typed[name] != before.get(name) and name not in CHANGEABLE]
             if others:
