@@ -228,7 +228,8 @@ def locate(name: str, data: Path) -> Path:
         return refs
     if not Path(name).exists():
         raise InputError(f"there is no dataset {name}: give a folder, a refs file or one of {', '.join(DATASETS)}")
-    found = [*Path(name).glob("refs*.p"), *Path(name).glob("refs.json")] if Path(name).is_dir() else [Path(name)]
+    inside = [*Path(name).glob("refs*.p"), *Path(name).glob("refs.json")]
+    found = sorted(inside) if Path(name).is_dir() else [Path(name)]
     if len(found) != 1:
         raise InputError(f"{name} must hold one refs file, or name one of them; it holds: {', '.join(map(str, found))}")
     return found[0]

@@ -1,7 +1,6 @@
 """The claims of the README, one a test. `pytest` runs the quick ones, `pytest -m ""` all."""
 
 import collections
-import dataclasses
 import filecmp
 import itertools
 import json
@@ -13,11 +12,9 @@ import re
 import shlex
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -35,8 +32,9 @@ import data
 import evaluate
 import model as model_module
 import train
-from model import VEGA, EarlyFusion, VEGAConfig, VisionEncoder, read_checkpoint, restore
+from model import TINY, VEGA, EarlyFusion, VEGAConfig, VisionEncoder, load_model, read_about
 from selection import RATIOS, VARIANTS, Selection, Stepwise, VISBlock, pixel_contrastive_loss
+from studies import study, words
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # many threads on few and busy cores wait for each other
@@ -77,11 +75,16 @@ def tokenized(name: str, split: str, folder="data", image_size: int = 64, **sett
     return data.RefDataset(name, split, folder, None, data.make_tokenizer(words), 21, image_size, **settings)
 
 
+def tiny(**overrides) -> VEGAConfig:
+    return VEGAConfig(**{**TINY, **overrides})
+
+
 def random_batch(config: VEGAConfig, size: int = 2, words: tuple[int, ...] = (7, 4), seed: int = 0):
     """image, input_ids, attention_mask, with padding after the words."""
     generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(size, 3, config.image_size, config.image_size, generator=generator)
-    ids = torch.randint(5, config.bert["vocab_size"], (size, config.max_tokens), generator=generator)
+    shape = size, 3, config.image_size, config.image_size
+    image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    ids = torch.randint(5, config.bert_config["vocab_size"], (size, config.max_tokens), generator=generator)
     mask = torch.tensor([[int(t < words[b % len(words)]) for t in range(config.max_tokens)] for b in range(size)])
     return image, ids, mask
 
@@ -89,8 +92,8 @@ def random_batch(config: VEGAConfig, size: int = 2, words: tuple[int, ...] = (7,
 def small_model(name: str, **overrides) -> VEGA:
     torch.manual_seed(0)
     bert = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    sizes = dict(image_size=64, embed_dim=16, depths=(1, 1), num_heads=(2, 2), decoder_width=16, bert=bert)
-    return VEGA(VEGAConfig.tiny(**{**sizes, "variant": name, **overrides})).eval()
+    sizes = dict(image_size=64, embed_dim=16, depths=(1, 1), num_heads=(2, 2), decoder_width=16, bert_config=bert)
+    return VEGA(tiny(**{**sizes, "variant": name, **overrides})).eval()
 
 
 class Hostile:
@@ -172,12 +175,13 @@ def test_a_block_is_algorithm_1_with_the_lines_of_its_row(variant, N, T, ratio):
         gradients = torch.autograd.grad((G * weight).sum() + S.square().sum(), [*inputs, *block.parameters()])
         results.append((M, G, S, *gradients))
     assert torch.equal(results[0][0], results[1][0])  # selections before values
-    for ours, literal in zip(*results):
-        torch.testing.assert_close(ours, literal, rtol=1e-5, atol=1e-5)
+    for ours, literal in zip(*results):  # fp32 keeps 24 bits, and a gradient sums over a thousand terms that cancel
+        torch.testing.assert_close(ours, literal, rtol=1e3 * 2**-24, atol=1e3 * 2**-24)
     with torch.autocast("cpu", torch.bfloat16):
         output = block(*inputs, mask_l)
     assert torch.equal(output.M, results[1][0])
-    torch.testing.assert_close(output.G.float(), results[1][1], rtol=1e-2, atol=1e-2)
+    # bf16 keeps 8 bits, and each of the eight layers rounds
+    torch.testing.assert_close(output.G.float(), results[1][1], rtol=0, atol=8 * 2**-8 * results[1][1].abs().max().item())
 
 
 class LiteralVISBlock(Stepwise):
@@ -324,7 +328,7 @@ def test_early_fusion_is_lavt_in_plain_steps():
 def test_windows_are_padded_then_shifted_then_masked(side):
     """Against one attention over the whole map: a pixel sees those of its window that the shift did not wrap around."""
     torch.manual_seed(0)
-    config = VEGAConfig.tiny(image_size=4 * side, embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4)
+    config = tiny(image_size=4 * side, embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4)
     padded = -(-side // 4) * 4
     place = torch.cartesian_prod(torch.arange(padded), torch.arange(padded))  # [P, 2], y and x of each pixel
     for shift, block in zip((0, 2), VisionEncoder(config).swin.layers[0].blocks):
@@ -347,7 +351,7 @@ def test_windows_are_padded_then_shifted_then_masked(side):
 
 def test_base_is_the_papers_model():
     torch.manual_seed(0)
-    config = VEGAConfig.base()
+    config = VEGAConfig()
     model = VEGA(config)
     image, ids, mask = random_batch(config, 1)
     output = model(image, ids, mask)
@@ -394,7 +398,7 @@ def test_every_parameter_learns(name, stages):
 
 def test_heads_start_by_looking_near_the_pixel_and_coordinates_as_strong_as_the_patches():
     torch.manual_seed(0)
-    vision = VisionEncoder(VEGAConfig.tiny())
+    vision = VisionEncoder(tiny())
     for name, table in vision.swin.named_parameters():
         if name.endswith("relative_position_bias_table"):  # -|offset - place|^2 / 2 over the offsets of a window of 4
             grid = table.detach().unflatten(0, (7, 7))  # [dy, dx, heads]
@@ -411,11 +415,11 @@ def test_an_untrained_tiny_model_learns_one_batch(small):
     torch.manual_seed(0)
     dataset = tokenized("shapes", "train", small, image_size=128, training=True)
     batch = torch.utils.data.default_collate([dataset[(0, i)] for i in range(4)])
-    model, target = VEGA(VEGAConfig.tiny()), batch["mask"]
+    model, target = VEGA(tiny()), batch["mask"]
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(150):
         optimizer.zero_grad()
-        output = model(*evaluate.model_inputs(batch, torch.device("cpu")))
+        output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
         model.loss(output, target)["loss"].backward()
         optimizer.step()
     found = output["logits"] > 0
@@ -426,10 +430,10 @@ def test_an_untrained_tiny_model_learns_one_batch(small):
 @pytest.mark.parametrize("preset", ["tiny", "base"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nothing_stays_on_the_cpu_when_the_model_is_on_a_gpu(name, preset, monkeypatch):
-    """Fake tensors know their device and shape only. A batch comes from the CPU, as the loader's do."""
+    """Fake tensors know their device and shape only."""
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
     with torch.device("meta"):  # no weights, so no time
-        model = VEGA(getattr(VEGAConfig, preset)(variant=name))
+        model = VEGA(VEGAConfig(**{**(TINY if preset == "tiny" else {}), "variant": name}))
     fake = FakeTensorMode()
     S, T = model.config.image_size, model.config.max_tokens
     batch = {"image": torch.zeros(2, 3, S, S, dtype=torch.uint8), "mask": torch.zeros(2, S, S, dtype=torch.bool)}
@@ -437,8 +441,9 @@ def test_nothing_stays_on_the_cpu_when_the_model_is_on_a_gpu(name, preset, monke
     batch = {key: fake.from_tensor(value) for key, value in batch.items()}
     with fake:
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
-        output = model(*evaluate.model_inputs(batch, torch.device("cuda")))
-        mask = batch["mask"].to("cuda")
+        batch = {key: values.to("cuda") for key, values in batch.items()}
+        output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
+        mask = batch["mask"]
         losses = model.loss(output, mask)
         assert {tensor.device.type for tensor in (output["logits"], *losses.values())} == {"cuda"}
         with pytest.raises(DataDependentOutputException):  # all but reading the counts, which fake tensors don't have
@@ -472,7 +477,7 @@ def test_swin_weights_load_from_every_format_or_not_at_all(tmp_path, monkeypatch
     real = timm.create_model  # by name, as by default, but for the download
     overlay = {"pretrained_cfg_overlay": {"file": str(file)}}
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: real(*a, **k, **overlay if k.get("pretrained") else {}))
-    config = VEGAConfig.base(image_size=384, bert=dict(vocab_size=10, hidden_size=8))
+    config = VEGAConfig(image_size=384, bert_config=dict(vocab_size=10, hidden_size=8))
     for source in (file, tmp_path / "microsoft.pth", model_module.PRETRAINED_SWIN):
         swin = VisionEncoder(config).swin.eval()
         said = model_module.load_swin(swin, str(source), 12)
@@ -509,7 +514,7 @@ def test_bert_and_its_tokenizer_come_from_a_folder_and_go_into_the_checkpoint(sm
     bert.save_pretrained(folder)
     command = [*RUN, "--data", str(small), "--max-steps", "1", "--lr", "0", "--bert", str(folder), "--out"]
     train.main([*command, str(tmp_path / "run")])
-    model, tokenizer = restore(read_checkpoint(tmp_path / "run" / "best.pt"), torch.device("cpu"))
+    model, tokenizer = load_model(tmp_path / "run")
     for name, value in model.bert.state_dict().items():
         assert torch.equal(value, bert.state_dict()[name]), name
     assert tokenizer("Red caf\u00e9 \u4e2d\u6587 red")["input_ids"] == [2, 5, 6, 7, 8, 3]
@@ -528,64 +533,77 @@ def test_bert_and_its_tokenizer_come_from_a_folder_and_go_into_the_checkpoint(sm
     assert not (tmp_path / "other").exists()
 
 
-def test_a_disk_that_fails_is_not_told_as_a_broken_checkpoint(best):
-    with pytest.raises(OSError, match="Input/output error"):
-        read_checkpoint("/proc/self/mem")  # which can be opened, and not read from its start
-    for error in (PermissionError(13, "denied"), MemoryError("full"), RuntimeError("you tried to allocate 8 bytes")):
-        with mock.patch.object(torch, "load", side_effect=error), pytest.raises(type(error)):
-            read_checkpoint(best)
+def test_a_model_is_one_file(train_here, tmp_path):
+    """A copy, with nothing else of the run there: the weights bit for bit, the tokenizer, what the run was."""
+    train_here("--max-steps", 1)
+    copy, run = tmp_path / "copy.safetensors", tmp_path / "run"
+    copy.write_bytes((run / "best.safetensors").read_bytes())
+    model, tokenizer = load_model(copy)
+    last = torch.load(run / "last.pt", weights_only=True)
+    assert last["model"].keys() == model.state_dict().keys()
+    assert all(torch.equal(value, last["model"][name]) for name, value in model.state_dict().items())
+    assert model_module.tokenizer_rules(tokenizer) == last["tokenizer"]
+    about = read_about(copy)
+    assert about["settings"] == json.loads((run / "settings.json").read_text()) and about["settings"]["batch_size"] == 4
+    assert about["scores"]["val"].items() <= log_of(run)[-1].items() and about["step"] == 1
+    assert load_model(run, ratio=0.5)[0].vis.ratio == 0.5
+    assert (run / "best.safetensors").stat().st_mode == (run / "last.pt").stat().st_mode  # whoever may read one may both
 
 
-def test_a_broken_or_hostile_checkpoint_is_refused_and_nothing_runs(best, tmp_path):
-    whole, file, name = read_checkpoint(best), tmp_path / "best.pt", "decoder.head.weight"
-    model, config = whole["model"], whole["config"]
-    for change, message in (
-        ({"model": {**model, name: model[name] / 0}}, f"{name} has values that are not finite"),
-        ({"model": {**model, name: [0.0]}}, f"{name} is missing"),
-        ({"config": {**config, "image_size": 12}}, "the image size is 12, but must be"),
-        ({"config": {**config, "bert": {"_attn_implementation": "x"}}}, "BERT's config must name nothing but"),
-        ({"format": 99}, "or another version of this program wrote it"),
-        ({"args": Hostile(tmp_path / "ran")}, "can't be read as a checkpoint: .* holds more than plain data"),
+def test_a_broken_or_hostile_model_file_is_refused_and_nothing_runs(best, tmp_path):
+    whole, about, name = safetensors.torch.load_file(best), read_about(best), "decoder.head.weight"
+    config, file = about["config"], tmp_path / "best.safetensors"
+    for weights, change, message in (
+        ({**whole, name: whole[name] / 0}, {}, f"{name} has values that are not finite"),
+        ({**whole, name: whole[name][:, :3]}, {}, f"{name} is .* in it"),
+        ({key: value for key, value in whole.items() if key != name}, {}, f"{name} is missing"),
+        (whole, {"config": {**config, "image_size": 12}}, "--image-size is 12, but must be"),
+        (whole, {"config": {**config, "ratio": 2}}, "--ratio can't be 2"),
+        (whole, {"config": {**config, "bert_config": {"_attn_implementation": "x"}}}, "BERT's config has no _attn"),
+        (whole, {"config": {"x": 1}}, "does not fit this program"),
+        (whole, {"tokenizer": 3}, "does not fit this program"),
     ):
-        torch.save({**whole, **change}, file)
+        header = {key: json.dumps(value) for key, value in {**about, **change}.items()}
+        safetensors.torch.save_file(weights, file, header)
         with pytest.raises(data.InputError, match=message):
             evaluate.load(file)
+    safetensors.torch.save_file(whole, file)
+    with pytest.raises(data.InputError, match="holds no model of this program"):
+        evaluate.load(file)
     os.truncate(file, 100_000)
     with pytest.raises(data.InputError, match="was cut short"):
+        evaluate.load(file)
+    torch.save({"model": Hostile(tmp_path / "ran")}, file)
+    with pytest.raises(data.InputError, match="holds no model of this program"):
         evaluate.load(file)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_checkpoint_takes_the_place_of_the_last_when_it_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+def test_a_file_takes_the_place_of_the_last_when_it_is_whole_and_on_the_disk(tmp_path, monkeypatch):
     calls, file = [], tmp_path / "last.pt"
     for module, name in ((os, "fsync"), (Path, "replace")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
-    model_module.save_checkpoint(file, {"step": 1})
+    with model_module.whole_file(file) as unfinished:
+        torch.save({"step": 1}, unfinished)
     assert calls == ["fsync", "replace"]
-    for checkpoint in ({"step": 2}, {"model": torch.zeros(10**6)}):
-        (tmp_path / "last.pt.part").symlink_to("/dev/full")
+    for state in ({"step": 2}, {"model": torch.zeros(10**6)}):
+        (tmp_path / "last.pt.unfinished").symlink_to("/dev/full")
         with pytest.raises(data.InputError, match="can't write .* an earlier file there is whole. Free some space"):
-            model_module.save_checkpoint(file, checkpoint)
+            with model_module.whole_file(file) as unfinished:
+                torch.save(state, unfinished)
     assert torch.load(file) == {"step": 1} and [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_model_of_words_learns_new_ones_and_one_of_berts_keeps_its_own(best, tmp_path, monkeypatch, capsys):
+def test_a_trained_model_starts_another_with_its_words_and_sizes(best, tmp_path, monkeypatch):
     folder = write_own(tmp_path / "mugs", [OWN, {**OWN, "split": "val"}])
     monkeypatch.chdir(tmp_path)
-    command = ["--dataset", str(folder), "--batch-size", "1", "--max-steps", "1", "--lr", "0"]
-    train.main([*command, "--init", str(best), "--out", "a"])
-    assert f"1 words of the training expressions are new to {best}" in capsys.readouterr().out
-    before, after = read_checkpoint(best), read_checkpoint("a/last.pt")
-    known, table = before["tokenizer"]["vocab"], "bert.embeddings.word_embeddings.weight"
-    assert after["tokenizer"]["vocab"] == {**known, "mug": len(known)}
-    assert torch.equal(after["model"].pop(table)[:-1], before["model"].pop(table))
-    assert all(torch.equal(value, after["model"][name]) for name, value in before["model"].items())
-    pieces = read_checkpoint(best)
-    pieces["tokenizer"]["vocab"] = {f"##{word}" if word == "star" else word: i for word, i in known.items()}
-    torch.save(pieces, "pieces.pt")
-    train.main([*command, "--init", "pieces.pt", "--out", "b"])
-    assert read_checkpoint("b/last.pt")["tokenizer"]["vocab"] == pieces["tokenizer"]["vocab"]
+    flags = ["--dataset", str(folder), "--batch-size", "1", "--max-steps", "1", "--lr", "0", "--out", "a"]
+    train.main([*flags, "--init", str(best.parent)])
+    (before, words_before), (after, words_after) = load_model(best), load_model("a")
+    assert words_after.get_vocab() == words_before.get_vocab() and after.config == before.config
+    assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())
+    assert read_about("a")["settings"]["bert_factor"] == 0.05  # the recipe of its preset
 
 
 # data.py
@@ -621,24 +639,24 @@ def test_masks_are_cocos_to_the_pixel():
             assert np.array_equal(data.rasterize(ours, *size), theirs), ours
 
 
-def test_what_can_not_be_drawn_is_refused():
-    overflow, far = [2**63 - 1, 2**63 - 1, 14], [0, 0, 2e6, 1, 2, 2]
-    counts = [[3, 4], [5, -1, 8], "o" * 10**6 + "0", "04", "P", overflow, [2**63, 1], [math.nan], None]
-    polygons = [[far], [[0, 0, math.nan, 1, 2, 2]], [[1e300] * 6], [[0, 0, 1, 1, 2]], [["a"] * 6], [None], [1, 2], "x"]
-    for segmentation in [*({"size": [3, 4], "counts": one} for one in counts), *polygons]:
-        with pytest.raises(data.InputError, match="can't be drawn"):
-            data.rasterize(segmentation, 3, 4)
+def test_what_can_not_be_drawn_is_refused(tmp_path):
+    overflow = [2**63 - 1, 2**63 - 1, 120 * 100 + 2]
+    counts = [[3, 4], [5, -1, 11996], "o" * 10**6 + "0", "04", "P", overflow, [2**63, 1], [math.nan], None]
+    polygons = [[[0, 0, math.nan, 1, 2, 2]], [[0, 0, 1, 1, 2]], [["a"] * 6], [None], [1, 2], "x"]
+    wrong = [*({"size": [100, 120], "counts": one} for one in counts), *polygons]
+    folder = write_own(tmp_path / "mugs", [{**OWN, "segmentation": one} for one in wrong])
+    dataset = data.RefDataset(str(folder), "train")
+    assert len(dataset) == len(wrong)
+    for index in range(len(wrong)):
+        with pytest.raises(data.InputError, match=f"ref {index} of .*mugs is no list of polygons"):
+            dataset.mask(index)
 
 
 def test_a_hostile_or_broken_refs_pickle_is_refused_and_nothing_runs(tmp_path):
-    bomb = []
-    for _ in range(60):  # a kilobyte that would unfold to 10 ** 60 lists
-        bomb = [bomb] * 10
     hostile = [{"split": Hostile(tmp_path / "ran")}]
     for content, message in (
         *((pickle.dumps(hostile, protocol), "refused, since it names") for protocol in (0, 2, 4)),
         (b"cantigravity\nfly\n.", "refused, since it names antigravity"),  # would only import
-        (pickle.dumps([{"split": bomb}], 2), "more values than bytes"),
         (pickle.dumps([{}], 2)[:-2], "is not a list of refs, or not whole"),
     ):
         (tmp_path / "refs.p").write_bytes(content)
@@ -663,7 +681,7 @@ class Python2Pickler(pickle._Pickler):
 
 WORDS = ["man on the left", "caf\u00e9 table".encode(), "caf\u00e9 chair".encode("latin-1"), "\u732b on sofa"]
 COCO_PLACES = ("images/train2014", "images/mscoco/images/train2014")
-MINIATURE = ("--model", "tiny", "--set", "image_size=32", "--batch-size", "2", "--max-steps", "2")
+MINIATURE = ("--model", "tiny", "--image-size", "32", "--batch-size", "2", "--max-steps", "2")
 
 
 def write_refs(file: Path, refs: list, protocol: int = 2) -> None:
@@ -712,7 +730,7 @@ def test_a_miniature_refcoco_trains_and_evaluates(name, images, protocol, tmp_pa
     scores = train.main([*common, *MINIATURE, "--workers", "0", "--out", str(tmp_path / "run")])
     _, *tests = data.DATASETS[name][1]
     assert {split: row["samples"] for split, row in scores.items()} == dict.fromkeys(tests, 16)
-    best, last = str(tmp_path / "run" / "best.pt"), tests[-1]
+    best, last = str(tmp_path / "run"), tests[-1]
     assert evaluate.main([*common, "--checkpoint", best, "--split", last]) == {last: scores[last]}
     texts = data.RefDataset(name, last, tmp_path / "data").expressions
     assert set(texts) == {"man on the left", "caf\u00e9 table", "caf\u00e9 chair", "\u732b on sofa"}
@@ -746,7 +764,7 @@ OWN = {"image_id": "desk.jpg", "split": "train", "sentences": ["red mug"], "segm
 
 
 def write_own(folder: Path, refs: list, images=("desk.jpg", "shelf.jpg"), entries=None, annotations=()) -> Path:
-    """A folder with photographs of one size, instances.json and refs.json."""
+    """A folder with images of one size, instances.json and refs.json."""
     write_images(folder / "images", images, (120, 100))
     instances = {"images": entries or [{"file_name": image} for image in images], "annotations": annotations}
     (folder / "instances.json").write_text(json.dumps(instances))
@@ -754,7 +772,7 @@ def write_own(folder: Path, refs: list, images=("desk.jpg", "shelf.jpg"), entrie
     return folder
 
 
-def assert_told_in_one_line(message: str, folder: Path) -> None:
+def assert_one_clear_line(message: str, folder: Path) -> None:
     """Training says it and ends, whether it or a loader process meets it, and leaves nothing."""
     out = folder.parent / "run"
     command = ["--dataset", str(folder), *MINIATURE, "--batch-size", "1", "--out", str(out), "--workers"]
@@ -776,21 +794,19 @@ def assert_told_in_one_line(message: str, folder: Path) -> None:
         (dict(image_id="sofa.jpg"), "there is no image 'sofa.jpg'"),
         (dict(image_id=[]), "not in REFER's format"),
         (dict(segmentation=None), "no segmentation here or under its ann_id"),
-        (dict(segmentation=[20, 30, 60, 30, 60, 80]), "must be a list of polygons [x0"),
+        (dict(segmentation=[20, 30, 60, 30, 60, 80]), "ref 0 of"),
         (dict(segmentation={"size": [200, 240], "counts": [48000]}), "does not fill an image of 100 x 120"),
         (dict(id="shelf.jpg"), "two images of the same id"),
         (dict(width=0, height=0), "cannot have 0 x 0 pixels"),
-        (dict(width=1e6, height=1e6), "cannot have 1000000 x 1000000 pixels"),
         (dict(width=120, height=None), "not in order"),
         (dict(width=120, height=700), "its mask would not fit"),
-        (dict(file_name="../../secret.jpg"), "leads out of its folder"),
     ],
 )
 def test_a_wrong_value_is_told_in_one_line(change, message, tmp_path):
     """In a ref, or in an image's entry; neither minds the other's keys."""
     refs = [{**OWN, **change}, {**OWN, "split": "val"}]
     entries = [{"id": "desk.jpg", "file_name": "desk.jpg", **change}, {"file_name": "shelf.jpg"}]
-    assert_told_in_one_line(message, write_own(tmp_path / "mugs", refs, entries=entries))
+    assert_one_clear_line(message, write_own(tmp_path / "mugs", refs, entries=entries))
 
 
 @pytest.mark.parametrize(
@@ -803,14 +819,12 @@ def test_a_wrong_value_is_told_in_one_line(change, message, tmp_path):
         ("refs.json", lambda file: file.write_text("[]"), "has no split 'train'; it has none"),
         ("images/desk.jpg", lambda file: file.write_text("<html>"), "desk.jpg can't be read as an image"),
         ("images/desk.jpg", lambda file: os.truncate(file, 300), "desk.jpg can't be read as an image"),
-        ("images/desk.jpg", lambda file: (file.unlink(), os.mkfifo(file)), "there is no image"),
-        ("images/desk.jpg", lambda file: (file.unlink(), file.symlink_to(__file__)), "leads out of its folder"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_line(file, break_it, message, tmp_path):
     folder = write_own(tmp_path / "mugs", [OWN, {**OWN, "split": "val"}])
     break_it(folder / file)
-    assert_told_in_one_line(message, folder)
+    assert_one_clear_line(message, folder)
 
 
 def test_the_readmes_own_data_runs_as_it_is_printed(tmp_path, monkeypatch):
@@ -824,8 +838,8 @@ def test_the_readmes_own_data_runs_as_it_is_printed(tmp_path, monkeypatch):
         _, script, *arguments = shlex.split(line, comments=True)
         {"data.py": data, "train.py": train, "evaluate.py": evaluate}[script].main(arguments)
     (out,) = Path("runs").glob("mugs-*")
-    assert {"best.pt", "pictures-val.png", "shelf.jpg-sheet.png"} <= {path.name for path in out.rglob("*")}
-    assert Image.open(out / "photographs" / "shelf.jpg-2-the-left-mug.mask.png").size == (120, 100)
+    assert {"best.safetensors", "pictures-val.png", "shelf.jpg-all.png"} <= {path.name for path in out.rglob("*")}
+    assert Image.open(out / "masks" / "shelf.jpg-2-the-left-mug.mask.png").size == (120, 100)
     assert Image.open("runs/check-mugs.png").width > 700
     (item,) = data.RefDataset("mugs", "val").objects
     assert (item.height, item.width, item.ref_id, item.sent_ids) == (100, 120, 1, [2, 3])
@@ -847,7 +861,7 @@ def test_a_folder_of_coco_and_refer_files_trains_and_evaluates(tmp_path, monkeyp
         refs.append({"ref_id": i, "ann_id": 10 + i, "image_id": i, "split": split, "sentences": sentences})
     folder = write_own(tmp_path / "own", refs, [f"rrsisd/JPEGImages/{file}" for file in files], entries, annotations)
     write_refs(folder / "refs(unc).p", refs)
-    with pytest.raises(data.InputError, match=r"several refs files; name one of them: .*refs\(unc\).p, .*refs.json"):
+    with pytest.raises(data.InputError, match=r"must hold one refs file, or name one of them; .*refs\(unc\).p, .*refs.json"):
         data.RefDataset(str(folder), "val")
     (folder / "refs.json").unlink()
     data.main(["--check", str(folder)])
@@ -855,10 +869,10 @@ def test_a_folder_of_coco_and_refer_files_trains_and_evaluates(tmp_path, monkeyp
     assert evaluate.main(["--split", "val", "test"]) == scores and set(scores) == {"val", "test"}
     (folder / "images").rename("elsewhere")
     name = str(folder / "refs(unc).p")
-    with pytest.raises(data.InputError, match="no image folder .*images: say where .* --images DIR"):
+    with pytest.raises(data.InputError, match="no folder of images .*: say where .* --image-folder DIR"):
         data.RefDataset(name, "val")
     for split in ("train", "val"):
-        dataset = data.RefDataset(name, split, images="elsewhere/rrsisd/JPEGImages")
+        dataset = data.RefDataset(name, split, image_folder="elsewhere/rrsisd/JPEGImages")
         assert dataset.image(0).size == (120, 100)
         assert dataset.mask(0)[:, 5:12].all() and dataset.mask(0).sum() == 700
 
@@ -880,14 +894,14 @@ def test_a_split_holds_its_own_objects_sentences_and_masks(tmp_path):
     with pytest.raises(data.InputError, match="testC.*train, val, testA, testB"):
         data.RefDataset("refcoco", "testC", folder)
     dataset = tokenized("refcoco", "val", folder, image_size=32)
-    assert dataset.object(0).file_name == "COCO_train2014_000000001004.jpg"
+    assert dataset.object_of(0).file_name == "COCO_train2014_000000001004.jpg"
     assert dataset.mask(0).sum() == 200 and dataset.expressions[0] == WORDS[0]
     assert [dataset.ids(i)["sent_id"] for i in range(16)] == [10 * ref + i for ref in range(8, 16) for i in range(2)]
     with mock.patch.object(data, "open_image", side_effect=data.open_image) as opened:
         assert len([dataset[index] for index in range(len(dataset))]) == 16 and opened.call_count == 4
 
 
-def test_masks_lie_on_the_stored_pixels_and_photographs_are_shown_upright(tmp_path):
+def test_masks_lie_on_the_stored_pixels_and_ones_own_images_are_shown_upright(tmp_path):
     folder = write_own(tmp_path, [OWN])
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter to be seen
@@ -979,9 +993,9 @@ def test_shapes_are_the_same_to_the_byte(small, tmp_path):
 
 
 SCALE = """
-import json, sys, time
+import json, multiprocessing, sys, time
 import torch
-import data, train as training
+import data, evaluate, train as training
 
 def proportional(pid):  # MB of a process, shared pages counted in parts
     return sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")) / 1024
@@ -996,11 +1010,12 @@ train = data.RefDataset("refcoco", "train", sys.argv[1], tokenizer=tokenizer, tr
 val = data.RefDataset("refcoco", "val", sys.argv[1], tokenizer=tokenizer)
 seconds = time.perf_counter() - started
 order = training.training_batches(len(train), 16, 0, 200, 0)
-batches = data.load_batches(train, order, 4, torch.device("cpu"))
+batches = evaluate.load_batches(train, order, 4, torch.device("cpu"))
 for _ in range(60):
     next(batches)
-memory = proportional("self") + sum(proportional(worker.pid) for worker in batches._workers) - before
-figures = {"seconds to index": seconds, "seconds of json.loads": loads, "MB with 4 workers": memory}
+workers = multiprocessing.active_children()
+memory = proportional("self") + sum(proportional(worker.pid) for worker in workers) - before
+figures = {"workers": len(workers), "seconds to index": seconds, "seconds of json.loads": loads, "MB": memory}
 print(json.dumps({name: round(figure, 2) for name, figure in figures.items()}))
 """
 
@@ -1034,14 +1049,14 @@ def test_a_dataset_of_refcocos_size_fits_in_memory(tmp_path, capsys):
     figures = json.loads(done.stdout.splitlines()[-1])
     with capsys.disabled():
         print(f"\ninstances.json of {file.stat().st_size / 2**20:.0f} MB: {figures}")
-    assert figures["MB with 4 workers"] <= 1024
+    assert figures["workers"] == 4 and figures["MB"] <= 1024
     assert figures["seconds to index"] <= 12 * figures["seconds of json.loads"]  # a ratio: machines differ
 
 
 # train.py
 
 
-RUN = ("--batch-size", "4", "--log-every", "1", "--set", "image_size=64", "dropout=0.1", "drop_path=0.1")
+RUN = ("--batch-size", "4", "--log-every", "1", "--image-size", "64", "--dropout", "0.1", "--drop-path", "0.1")
 CPU = ("--device", "cpu")  # where a result is the same bit for bit, and where no process needs a GPU of its own
 
 
@@ -1063,7 +1078,7 @@ def trained(small, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def best(trained) -> Path:
-    (file,) = (trained / "runs").glob("*/best.pt")
+    (file,) = (trained / "runs").glob("*/best.safetensors")
     return file
 
 
@@ -1078,16 +1093,20 @@ def train_here(small, tmp_path):
 
 
 def log_of(out: Path) -> list[dict]:
-    """The lines of a run's log, without the clock."""
+    """The lines of a run's log, without the clock; of two lines of one step the later."""
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return list({(line["step"], line.get("split")): line for line in lines}.values())
+
+
+FILES = ("best.safetensors", "last.pt", "metrics.json")
 
 
 def test_training_leaves_what_the_readme_says(trained):
     (out,) = (trained / "runs").iterdir()
     views, splits = ("pictures", "words", "expressions", "ratios"), ("val", "testA", "testB")
     sheets = {f"{view}-{split}.png" for view in views for split in splits}
-    assert {p.name for p in out.iterdir()} == {"best.pt", "last.pt", "log.jsonl", "metrics.json"} | sheets
+    assert {p.name for p in out.iterdir()} == {*FILES, "log.jsonl", "settings.json"} | sheets
     assert set(json.loads((out / "metrics.json").read_text())) == set(splits)
     lines = log_of(out)
     assert [line["step"] for line in lines if "loss" in line] == [4]
@@ -1112,7 +1131,7 @@ def test_one_seed_gives_one_training(train_here, tmp_path):
     assert a == b != c
 
 
-@pytest.mark.parametrize("left", ["best.pt", "last.pt", "metrics.json"])
+@pytest.mark.parametrize("left", FILES)
 def test_a_run_is_overwritten_only_if_it_saved_nothing(left, train_here, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -1125,38 +1144,48 @@ def test_a_run_is_overwritten_only_if_it_saved_nothing(left, train_here, tmp_pat
     assert [line["step"] for line in log_of(out) if "loss" in line] == [1]
 
 
-def test_resume_with_other_settings_must_be_wanted(train_here, tmp_path, capsys):
-    out = tmp_path / "run"
-    train_here("--max-steps", 1, "--device", "cpu")
-    others = ["--lr", "1e-5", "--max-steps", "3", "--set", "dice=0.5"]
-    with pytest.raises(SystemExit) as refused:
-        train.main(["--resume", "--out", str(out), *others])
-    assert "this run has max_steps 1, not 3; lr 0.001, not 1e-05; dice 1.0, not 0.5: " in refused.value.code
-    with pytest.raises(SystemExit, match="max_steps 1, not None"):
-        train.main(["--resume", "--out", str(out), "--epochs", "3"])
-    anyway = ["--resume-anyway", "--out", str(out)]
-    for flags in (["--model", "base"], ["--init", "x.pt"], ["--bert", "x"], ["--swin", "x"], ["--no-pretrained"]):
-        with pytest.raises(SystemExit, match="start another run"):
-            train.main([*anyway, *flags])
-    train.main([*anyway, *others, "--batch-size", "6"])
-    assert "on shapes: 48 objects, 3 steps of 6" in capsys.readouterr().out  # --data is the run's
-    checkpoint = read_checkpoint(out / "last.pt")
-    assert (checkpoint["config"]["dice"], checkpoint["args"]["device"]) == (0.5, "cpu")
+def test_resume_may_change_little(train_here, tmp_path, capsys):
+    """Also with the command line of the start, which begins the run where there is nothing yet."""
+    out, start = tmp_path / "run", ["--max-steps", 1, *CPU, "--resume"]
+    train_here(*start)
+    train_here(*start)
+    assert [line["step"] for line in log_of(out) if "loss" in line] == [1]
+    for flags in (["--lr", "1e-5"], ["--variant", "sharp"], ["--init", "x"], ["--no-pretrained"], ["--batch-size", "6"]):
+        name = flags[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        with pytest.raises(SystemExit, match=f"the run in .*run has {name} .*, not .*: leave such flags out"):
+            train.main(["--resume", "--out", str(out), *flags])
+    changes = ["--validate-every", "2", "--checkpoint-every", "1", "--log-every", "2", "--workers", "1"]
+    train.main(["--resume", "--out", str(out), "--max-steps", "3", *changes])
+    assert torch.load(out / "last.pt")["step"] == 3  # --data is the run's
     with pytest.raises(SystemExit, match="has done 3 steps already, more than the 2"):
-        train.main([*anyway, "--max-steps", "2"])
-    train.main([*anyway, "--epochs", "1", "--batch-size", "4"])
-    assert "12 steps of 4" in capsys.readouterr().out
+        train.main(["--resume", "--out", str(out), "--max-steps", "2"])
+    train.main(["--resume", "--out", str(out), "--epochs", "0.5"])
+    settings = json.loads((out / "settings.json").read_text())
+    assert torch.load(out / "last.pt")["step"] == 6 and settings["max_steps"] is None and settings["epochs"] == 0.5
+
+
+def test_each_setting_is_a_flag_with_a_help(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    printed = capsys.readouterr().out
+    for name in train.Settings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in printed
+    squeezed = " ".join(printed.split())
+    for text in ("(default: 480, tiny: 128)", "(default: 3e-05, tiny: 0.001)", "(default: 40, tiny: 4)"):
+        assert text in squeezed
+    rows = [line.split()[:3] for line in printed.splitlines()]
+    assert all([name, v.table, f"{v.oIoU or '-'}"] in rows for name, v in VARIANTS.items())
 
 
 def test_the_learning_rate_rises_then_decays_and_gradients_are_clipped(train_here, tmp_path):
     """A twentieth of the steps warms up: of one step 0.05, of three 0.15, the rest decays. Gradients have norm 1."""
     train_here("--max-steps", 1)
-    moments = read_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["state"].values()  # a tenth of the gradient
+    moments = torch.load(tmp_path / "run" / "last.pt")["optimizer"]["state"].values()  # a tenth of the gradient
     assert torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item() == pytest.approx(0.1, rel=1e-3)
-    train_here("--resume-anyway", "--lr", 1e-5, "--max-steps", 3)
+    train_here("--resume", "--max-steps", 3)
     rates = [line["lr"] for line in log_of(tmp_path / "run") if "lr" in line]
-    assert rates == pytest.approx([1e-3 / 1.05, 1e-5 * (2 / 2.85) ** 0.9, 1e-5 * (1 / 2.85) ** 0.9])
-    groups = read_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
+    assert rates == pytest.approx([1e-3 / 1.05, 1e-3 * (2 / 2.85) ** 0.9, 1e-3 * (1 / 2.85) ** 0.9])
+    groups = torch.load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
     assert [group["lr"] / rates[2] for group in groups] == pytest.approx([0.05, 0.05, 1, 1])  # BERT's come first
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01, 0.0]
 
@@ -1183,161 +1212,92 @@ def written(file: Path) -> int:
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def assert_same_run(a: Path, b: Path, same_log=True) -> None:
+def assert_same_run(a: Path, b: Path) -> None:
     """Weights, optimiser and log are equal, bit for bit."""
-    assert log_of(a) == log_of(b) or not same_log
-    for file in ("last.pt", "best.pt"):
-        one, other = (read_checkpoint(out / file) for out in (a, b))
-        assert one["step"] == other["step"] and one["best"] == other["best"]
-        for part in ("model", "optimizer"):
-            torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_signal_stops_after_the_step_and_resume_goes_on(nproc, small, tmp_path):
-    flags = ["--data", small, *RUN, *CPU, "--max-steps", 20 * nproc, "--log-every", 3, "--workers", nproc - 1]
-    process = start(*launcher(nproc), HERE / "train.py", *flags, "--out", tmp_path / "cut")
-    wait_until((tmp_path / "cut" / "log.jsonl").exists, process)
-    process.terminate()  # torchrun hands it on to its processes
-    printed = process.communicate(timeout=900)[0]
-    assert process.returncode == (75 if nproc == 1 else 1) and 'train.py", line' not in printed, printed
-    launch = "python" if nproc == 1 else "torchrun --nproc_per_node=2"
-    step, hint = re.search(rf"stopped after step (\d+) of \d+; go on with: {launch} train.py (.*)", printed).groups()
-    assert read_checkpoint(tmp_path / "cut" / "last.pt")["step"] == int(step) < 20 * nproc
-    printed_by(HERE / "train.py", *hint.split(), nproc=nproc)
-    printed_by(HERE / "train.py", *flags, "--out", tmp_path / "whole", nproc=nproc)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut", same_log=nproc == 1)
-
-
-def test_a_signal_in_a_validation_lets_it_finish(train_here, tmp_path, monkeypatch):
-    """Also in the last one: the scores of the best checkpoint are left to the run that goes on."""
-    out, real = tmp_path / "run", train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), real(*a, **k))[1])
-    with pytest.raises(SystemExit) as stopped:
-        train_here("--max-steps", 2)
-    assert stopped.value.code == 75 and not (out / "metrics.json").exists()
-    assert [line["step"] for line in log_of(out) if line.get("split") == "val"] == [2]
-    monkeypatch.undo()
-    train_here("--resume")
-    assert (out / "metrics.json").exists() and read_checkpoint(out / "last.pt")["step"] == 2
-
-
-def test_only_a_second_ctrl_c_stops_at_once():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits another
-    with pytest.raises(KeyboardInterrupt):
-        with train.noted_signals() as received:
-            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-                os.kill(os.getpid(), number)
-            assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert log_of(a) == log_of(b)
+    one, other = (torch.load(out / "last.pt") for out in (a, b))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    one, other = (safetensors.torch.load_file(out / "best.safetensors") for out in (a, b))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert read_about(a)["scores"] == read_about(b)["scores"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc, kills", [(1, 10), (2, 2)])
-def test_kill_9_at_any_moment_loses_nothing(nproc, kills, small, tmp_path):
-    every = ["--checkpoint-every", 3, "--validate-every", 20, "--log-every", 2]
-    flags = ["--data", small, *RUN, *CPU, "--max-steps", 40, *every]
-    printed_by(HERE / "train.py", *flags, "--out", tmp_path / "whole", nproc=nproc)
+def test_kill_9_at_any_moment_loses_nothing(small, tmp_path):
+    """At 20 moments, half of them while a file is being written; one command line starts the run and goes on."""
+    every = ["--checkpoint-every", 2, "--validate-every", 20]
+    flags = [HERE / "train.py", "--data", small, *RUN, *CPU, "--max-steps", 60, *every, "--resume", "--out"]
+    printed_by(*flags, tmp_path / "whole")
     out, torn = tmp_path / "cut", 0
-    for kill in range(kills):
+    for kill in range(20):
         before = written(out / "last.pt")
-        process = start(*launcher(nproc), HERE / "train.py", *(["--resume"] if kill else flags), "--out", out)
-        if kill % 2:  # while a checkpoint is being written
-            wait_until((out / "last.pt.part").exists, process)
-        else:  # at some moment after one
+        process = start(sys.executable, *flags, out)
+        if kill % 2:
+            wait_until((out / "last.pt.unfinished").exists, process)
+        else:  # at some moment after one was written
             wait_until(lambda: written(out / "last.pt") > before, process)
-            time.sleep(0.05 * kill)
-        for child in [*children_of(process.pid), process.pid]:  # torchrun's are in sessions of their own
-            os.kill(child, signal.SIGKILL)
+            time.sleep(0.02 * kill)
+        process.kill()
         process.communicate()
-        torn += (out / "last.pt.part").exists()
+        torn += (out / "last.pt.unfinished").exists()
     assert torn > 0
-    printed_by(HERE / "train.py", "--resume", "--out", out, nproc=nproc)
+    printed_by(*flags, out)
     assert_same_run(tmp_path / "whole", out)
 
 
-def test_the_log_is_cut_at_the_checkpoint(tmp_path):
-    """Behind it: a later step, zeros of a power cut, half a line, and one that can be read but lost its end."""
-    kept, log = b'{"step": 1}\n{"step": 2, "loss": 3.0}\n', tmp_path / "log.jsonl"
-    log.write_bytes(kept + b'{"step": 3}\n' + bytes(80) + b'\n{"step": 2, "lo\n{"step": 2}')
-    train.cut_log(log, 2)
-    assert log.read_bytes() == kept
-
-
-@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_loss_that_is_not_finite_names_its_samples(nproc, small, tmp_path):
-    """A learning rate of 1e20 leaves weights in step 1 that are finite, and with which step 2 has no finite loss."""
-    last = tmp_path / "run" / "last.pt"
-    flags = ["--data", small, "--out", last.parent, *RUN, *CPU, "--lr", 1e20, "--checkpoint-every", 1, "--max-steps", 9]
-    done = run(HERE / "train.py", *flags, nproc=nproc)
-    told = "error: the loss is not finite at step 2; its ref_id/sent_id are (.*); the last good checkpoint is (.*)\n"
-    found = re.search(told, done.stderr)
-    assert done.returncode != 0 and found and found[2] == str(last), done.stderr
-    sentences = {int(ref_id): int(sent_id) for ref_id, sent_id in re.findall(r"(\d+)/(\d+)", found[1])}
-    objects = data.RefDataset("shapes", "train", small).objects
-    _, second_step = train.training_batches(len(objects), 4, 0, 2, 0)
-    assert sentences.keys() == {objects[number].ref_id for _, number in second_step}
-    assert all(sent_id // 2 == ref_id for ref_id, sent_id in sentences.items())  # two for each object
-    checkpoint = read_checkpoint(last)
-    assert checkpoint["step"] == 1 and all(value.isfinite().all() for value in checkpoint["model"].values())
-
-
-def test_weights_that_are_not_finite_are_never_saved(train_here, tmp_path):
-    with pytest.raises(SystemExit, match="the weights are not finite after step 1, .* there is no checkpoint yet"):
-        train_here("--lr", 1e39, "--checkpoint-every", 1, "--max-steps", 5)
-    assert not (tmp_path / "run" / "last.pt").exists()
-
-
 @pytest.mark.slow
-def test_the_script_for_preemption_outlives_a_kill(small, tmp_path):
-    out = tmp_path / "runs" / "refcoco"
-    script = (HERE / "assets/preemptible.sh").read_text()
-    script = script.replace("torchrun --nproc_per_node=${GPUS:-4} train.py", f"{sys.executable} {HERE / 'train.py'}")
-
-    def begin(folder):
-        flags = [out, *RUN, "--data", folder, "--max-steps", 40, "--checkpoint-every", 2]
-        return start("bash", "-c", script, "preemptible.sh", *flags, cwd=tmp_path)
-
-    (tmp_path / "file").touch()
-    process = begin(tmp_path / "file")  # where no data can be
-    printed = process.communicate(timeout=900)[0]
-    assert process.returncode == 1 and printed.count("error:") == 1 and not out.exists(), printed
-
-    process = begin(small)
-    wait_until((out / "last.pt").exists, process)
-    (child,) = children_of(process.pid)
-    os.kill(child, signal.SIGKILL)
-    before = written(out / "last.pt")
-    wait_until(lambda: written(out / "last.pt") > before, process)  # it has gone on
-    process.terminate()
-    printed = process.communicate(timeout=900)[0]
-    assert process.returncode == 75 and "stopped after step" in printed, printed
-
-    process = begin(small)
+def test_torchrun_restarts_a_run_whose_process_was_killed(small, tmp_path):
+    """One of two processes, twice; without --rdzv_backend=c10d, with which the restart hung in gloo's connect."""
+    flags = [HERE / "train.py", "--data", small, *RUN, *CPU, "--max-steps", 40, "--checkpoint-every", 2, "--resume"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2"]
+    printed_by(*flags, "--out", tmp_path / "whole", nproc=2)
+    out = tmp_path / "cut"
+    process = start(*torchrun, f"--master_port={free_port()}", *flags, "--out", out)
+    for _ in range(2):
+        before = written(out / "last.pt")
+        wait_until(lambda: written(out / "last.pt") > before, process)
+        environment = {child: Path(f"/proc/{child}/environ").read_bytes() for child in children_of(process.pid)}
+        (victim,) = (child for child, names in environment.items() if b"\0LOCAL_RANK=1\0" in names)
+        os.kill(victim, signal.SIGKILL)
     printed = process.communicate(timeout=900)[0]
     assert process.returncode == 0 and (out / "metrics.json").exists(), printed
-    assert read_checkpoint(out / "last.pt")["step"] == 40
+    assert_same_run(tmp_path / "whole", out)
 
 
-@pytest.mark.parametrize("error, told", [
+def test_what_is_not_finite_is_never_saved(train_here, tmp_path):
+    """A learning rate of 1e15 leaves finite weights in step 1, and with them step 2 has no finite loss."""
+    flags = ["--checkpoint-every", 1, "--max-steps", 9]
+    with pytest.raises(SystemExit, match="the loss or a weight is not finite after step [23]; it is not saved to .*run"):
+        train_here("--lr", 1e15, *flags)
+    model = torch.load(tmp_path / "run" / "last.pt")["model"]
+    assert all(value.isfinite().all() for value in model.values())
+    with pytest.raises(SystemExit, match="not finite after step 1"):
+        train_here("--lr", 1e39, *flags, out="other")
+    assert not (tmp_path / "other" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("error, message", [
     (data.InputError("there is no image x.jpg"), "error: there is no image x.jpg\n"),
-    (RuntimeError("[gloo] Connection closed by peer"), "error: another process has stopped, and so does this: [gloo]"),
     (RuntimeError("NCCL error: unhandled system error"), "Traceback"),
 ])  # fmt: skip
-def test_an_error_in_one_of_several_processes_ends_it_at_once(error, told, monkeypatch, capsys):
+def test_an_error_in_one_of_several_processes_ends_it_at_once(error, message, monkeypatch, capsys):
     """Without the interpreter's end, where NCCL can wait for the other processes."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         data.command_line(mock.Mock(side_effect=error))()
     os._exit.assert_called_once_with(1)
-    assert capsys.readouterr().err.startswith(told)
+    assert capsys.readouterr().err.startswith(message)
 
 
 @pytest.mark.slow
@@ -1349,21 +1309,19 @@ def test_a_dead_process_takes_the_others_down(small, tmp_path):
     (victim,) = (child for child, names in environment.items() if b"\0LOCAL_RANK=1\0" in names)
     os.kill(victim, signal.SIGKILL)
     printed = process.communicate(timeout=900)[0]
-    assert process.returncode != 0 and "SIGKILL" in printed and 'train.py", line' not in printed, printed
+    assert process.returncode != 0 and "SIGKILL" in printed, printed
 
 
 @pytest.mark.slow
 def test_processes_nodes_and_micro_batches_train_as_one_process_does(small, tmp_path):
     """Ten steps without dropout and drop path: the same losses, gradients (as AdamW keeps their mean) and logits.
 
-    Not with seed 0: in its fourth step rounding moves a pixel across the edge of a selection; the loss shifts by 8e-5.
+    Every pixel is selected. Else rounding could move a pixel across the edge of a selection, and the loss with it.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     node = launcher(2, "--nproc_per_node=1", "--nnodes=2", f"--rdzv_endpoint={address}", "--local_addr=127.0.0.1")
-    flags = ["--data", small, "--batch-size", 8, "--log-every", 1, "--set", "image_size=64", "--max-steps", 10,
-             "--lr", 1e-4, "--seed", 1, *CPU]  # fmt: skip
+    flags = ["--data", small, "--batch-size", 8, "--log-every", 1, "--image-size", 64, "--max-steps", 10,
+             "--lr", 1e-4, "--ratio", 1, *CPU]  # fmt: skip
     runs = []
     for name, launches, extra in (
         ("one", [launcher(1)], []),
@@ -1377,9 +1335,10 @@ def test_processes_nodes_and_micro_batches_train_as_one_process_does(small, tmp_
         printed = [process.communicate(timeout=900)[0] for process in processes]
         assert not any(process.returncode for process in processes), printed
         assert sum(text.count("shapes          testB") for text in printed) == 1  # by rank 0 alone
-        checkpoint = read_checkpoint(out / "last.pt")
-        model, _ = restore(checkpoint, torch.device("cpu"))
-        moments = checkpoint["optimizer"]["state"].values()
+        last = torch.load(out / "last.pt")
+        model, _ = load_model(out)
+        model.load_state_dict(last["model"])
+        moments = last["optimizer"]["state"].values()
         lines = [line for line in log_of(out) if "loss" in line]
         runs.append({
             "epochs": [line["epoch"] for line in lines],
@@ -1414,30 +1373,31 @@ def test_metrics_worked_by_hand():
     assert metrics.compute() == pytest.approx(expected)
 
 
-def test_word_measures_worked_by_hand():
+def test_what_the_words_select_worked_by_hand():
     """Two sentences, [CLS] a b [SEP] and [CLS] c [SEP] and padding; four pixels, of which each token selects two."""
     x, y = [1.0, 0.0], [0.0, 2.0]
     tokens = torch.tensor([[x, y, x, y], [x, x, [3.0, 0.0], [-9.0, 5.0]]])  # cosines 0 1 0 0 1 0; 1 1 1
     left, right, even = [1.0, 1, 0, 0], [0.0, 0, 1, 1], [1.0, 0, 1, 0]
     M = torch.tensor([[left, even, right, left], [left, left, right, right]])
-    output = {"tokens": tokens, "selection": Selection(None, None, M, M)}  # with similarities of any kind
-    first, second = evaluate.word_measures(output, torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
-    assert first == pytest.approx({"token cosine": 2 / 6, "pixels shared with CLS": (50 + 0) / 2})
-    assert second == pytest.approx({"token cosine": 1, "pixels shared with CLS": 100})
-    output["selection"] = Selection(None, None, M, 0 * M)  # a threshold that no pixel passes: the measure stays
-    assert evaluate.word_measures(output, torch.ones(2, 4))[0]["pixels shared with CLS"] == 0
+    mask_l = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    assert words.token_cosine(tokens, mask_l).tolist() == pytest.approx([2 / 6, 1])
+    shared = lambda M: words.shared_with_cls(Selection(None, None, None, M), mask_l).tolist()
+    assert shared(M) == pytest.approx([(50 + 0) / 2, 100])
+    assert shared(0 * M) == [0, 0]  # a threshold that no pixel passes
+    assert words.ranking(torch.tensor([3.0, 1, 2, 0]), torch.tensor([True, True, False, False])) == 0.75
+    for text, named in (("left red star", "colour and shape"), ("small thing over the red star", "size")):
+        assert words.named_by(text) == named
 
 
 class FirstColumn(torch.nn.Module):
     """Stands for a model: its logits are -1, and +1 in the first of four columns, but for a batch's first sample."""
 
-    config = VEGAConfig.tiny()
+    config, mean = tiny(), torch.zeros(1)
 
     def forward(self, image, input_ids, attention_mask):
         logits = -torch.ones(len(image), 4, 4)
         logits[1:, :, 0] = 1
-        selection = Selection(None, None, None, None)
-        return {"logits": logits, "tokens": input_ids[..., None].float(), "selection": selection}
+        return {"logits": logits}
 
 
 def test_the_two_resolutions_differ_by_a_known_amount(tmp_path):
@@ -1459,11 +1419,11 @@ def test_shuffled_expressions_come_from_another_image(small):
     dataset = tokenized("shapes", "val", small)
     before, owners = dataset.expressions, collections.defaultdict(set)
     for index, expression in enumerate(before):
-        owners[expression].add(dataset.object(index).image_id)
+        owners[expression].add(dataset.object_of(index).image_id)
     evaluate.shuffle_expressions(dataset)
     assert sorted(dataset.expressions) == sorted(before)
     for index, expression in enumerate(dataset.expressions):
-        assert owners[expression] != {dataset.object(index).image_id}
+        assert owners[expression] != {dataset.object_of(index).image_id}
     encoded = data.tokenize(data.make_tokenizer(before), dataset.expressions, 21)
     assert all(torch.equal(encoded[name], values) for name, values in dataset.tokens.items())
 
@@ -1482,67 +1442,74 @@ def test_evaluation_counts_the_same_in_any_number_of_processes(best, small, tmp_
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_checkpoint_carries_its_variant_and_its_data(name, train_here, tmp_path):
+def test_a_model_carries_its_variant_and_its_data(name, train_here, tmp_path):
     scores = train_here("--variant", name, "--max-steps", 2)
     out = tmp_path / "run"
-    assert evaluate.main(["--checkpoint", str(out / "best.pt")])["val"] == scores["val"]
-    model, _ = restore(read_checkpoint(out / "last.pt"), torch.device("cpu"))
+    assert evaluate.main(["--checkpoint", str(out)])["val"] == scores["val"]
+    model, _ = load_model(out)
     assert model.config.variant == name and type(model.vis) is VARIANTS[name].block
     assert ("contrastive" in log_of(out)[0]) == ("tau" in log_of(out)[0]) == VARIANTS[name].contrastive
+    assert (out / "ratios-val.png").exists() == (model.vis.selectors != "none")
 
 
-def test_photographs_get_masks_and_overlays(best, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def first_column(monkeypatch):
+    """Stands for a trained model; see FirstColumn."""
+    stand_in = FirstColumn(), data.make_tokenizer(["red thing"])
+    monkeypatch.setattr(evaluate, "load_model", lambda source: stand_in)
+
+
+def test_ones_own_images_get_masks_and_overlays(best, first_column, tmp_path, capsys):
     """A folder with a broken one and a decompression bomb, which are named last, and two expressions."""
-    (tmp_path / "best.pt").write_bytes(best.read_bytes())
-    folder, out = tmp_path / "holidays", tmp_path / "photographs"
+    (tmp_path / "best.safetensors").write_bytes(best.read_bytes())
+    folder, out = tmp_path / "holidays", tmp_path / "masks"
     folder.mkdir()
     for name in ("a.jpg", "c.png", "._c.png"):
         Image.new("RGB", (90, 61), "red").save(folder / name)
     (folder / "b.jpg").write_text("<html>")
     Image.new("1", (14_000, 14_000)).save(folder / "d.png")
-    (folder / "notes.txt").write_text("no photograph")
-    stand_in = FirstColumn(), data.make_tokenizer(["red thing"])
-    monkeypatch.setattr(evaluate, "restore", lambda *a, **k: stand_in)
-    command = ["--checkpoint", str(tmp_path / "best.pt"), "--expression", "red thing", "Left: thing!", "--image"]
-    with pytest.raises(SystemExit, match="2 of 4 photographs were left out: .*b.jpg can't .*\n.*d.png can't .* bomb"):
+    (folder / "notes.txt").write_text("no image")
+    command = ["--checkpoint", str(tmp_path), "--expression", "red thing", "Left: thing!", "--image"]
+    with pytest.raises(SystemExit, match="2 of 4 images were left out: .*b.jpg can't .*\n.*d.png can't .* bomb"):
         evaluate.main([*command, str(folder)])
     printed = capsys.readouterr().out
     assert "never seen some word of 'Left: thing!'" in printed and "word of 'red thing'" not in printed
     assert "'red thing' covers 0.0 % of" in printed and "'Left: thing!' covers 24.4 % of" in printed
     names = [f"{file}-{slug}" for file in ("a.jpg", "c.png") for slug in ("1-red-thing", "2-left-thing")]
-    files = {f"{name}{end}" for name in names for end in (".png", ".mask.png")} | {"a.jpg-sheet.png", "c.png-sheet.png"}
+    files = {f"{name}{end}" for name in names for end in (".png", ".mask.png")} | {"a.jpg-all.png", "c.png-all.png"}
     assert {file.name for file in out.iterdir()} == files
     assert Image.open(out / "a.jpg-2-left-thing.png").size == (90, 61)
     nothing, left = (np.asarray(Image.open(out / f"{name}.mask.png")) for name in names[:2])
     assert nothing.shape == (61, 90) and not nothing.any()
     assert (left[:, :22] == 255).all() and (left[:, 22:] == 0).all()  # a quarter of 90 pixels
-    with pytest.raises(SystemExit, match="or one lies in .*photographs, where the masks go"):
+    with pytest.raises(SystemExit, match="or one lies in .*masks, where the masks go"):
         evaluate.main([*command, str(out)])  # it would read its own masks and write over what it reads
 
 
 def test_the_command_and_python_give_one_mask(best, tmp_path, monkeypatch):
-    """The logits of expressions that share a pass are each one's own; in bf16 they change, by a tenth at most."""
-    photograph, expressions = tmp_path / "photo.png", ["red thing", "left square"]
-    Image.linear_gradient("L").resize((50, 40)).save(photograph)
-    checkpoint = read_checkpoint(best)
-    middle = np.median(evaluate.load(best).logits(photograph, expressions))
-    checkpoint["model"]["decoder.head.bias"] -= float(middle)  # so that masks hold half of the pixels
-    torch.save(checkpoint, tmp_path / "best.pt")
+    """The logits of expressions that share a pass are each one's own; bf16 changes them by no more than its rounding."""
+    image, expressions = tmp_path / "photo.png", ["red thing", "left square"]
+    Image.linear_gradient("L").resize((50, 40)).save(image)
+    model, tokenizer = load_model(best)
+    middle = np.median(evaluate.load(best).logits(image, expressions))
+    model.decoder.head.bias.data -= float(middle)  # so that masks hold half of the pixels
+    model_module.save_model(tmp_path / "best.safetensors", model, tokenizer)
     seen, real = [], evaluate.Segmenter.logits
     monkeypatch.setattr(evaluate.Segmenter, "logits", lambda *a: (seen.append(real(*a)), seen[-1])[1])
-    command = ["--checkpoint", str(tmp_path / "best.pt"), "--image", str(photograph), "--expression", *expressions]
+    command = ["--checkpoint", str(tmp_path), "--image", str(image), "--expression", *expressions]
     evaluate.main([*command, "--precision", "bf16"])
     evaluate.main(command)
-    (bf16, fp32), segment = seen, evaluate.load(tmp_path / "best.pt")
-    assert fp32.shape == (2, 40, 50) and 0 < np.abs(bf16 - fp32).max() < 0.1 * np.abs(fp32).max()
+    (bf16, fp32), segment = seen, evaluate.load(tmp_path)
+    layers = sum(isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) for module in model.modules())
+    assert fp32.shape == (2, 40, 50) and 0 < np.abs(bf16 - fp32).max() < layers * 2**-8 * np.abs(fp32).max()
     for together, expression, slug in zip(fp32, expressions, ("1-red-thing", "2-left-square")):
-        mask = np.asarray(Image.open(tmp_path / "photographs" / f"photo.png-{slug}.mask.png")) > 0
-        assert 0.2 < mask.mean() < 0.8 and (mask == segment(photograph, expression)).mean() > 0.99
+        mask = np.asarray(Image.open(tmp_path / "masks" / f"photo.png-{slug}.mask.png")) > 0
+        assert 0.2 < mask.mean() < 0.8 and (mask == segment(image, expression)).mean() > 0.99
         np.testing.assert_allclose(together, seen[-1][0], rtol=1e-4, atol=1e-4)
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (31, 47, 4), dtype=np.uint8)
-ODD_PHOTOGRAPHS = {
+ODD_IMAGES = {
     "one pixel": Image.new("RGB", (1, 1), "red"),
     "one row": Image.new("RGB", (300, 1), "red"),
     "grey": Image.fromarray(NOISE[..., 0]),
@@ -1555,37 +1522,40 @@ ODD_EXPRESSIONS = ["thing " * 10_000, "\N{GRINNING FACE}", "左边的人", "x" *
 
 
 @pytest.mark.parametrize(
-    "kind, expression", [(kind, "red thing") for kind in ODD_PHOTOGRAPHS] + [("grey", odd) for odd in ODD_EXPRESSIONS]
+    "kind, expression", [(kind, "red thing") for kind in ODD_IMAGES] + [("grey", odd) for odd in ODD_EXPRESSIONS]
 )
-def test_odd_photographs_and_odd_expressions_are_segmented(kind, expression, best, tmp_path):
-    image = ODD_PHOTOGRAPHS[kind]
+def test_odd_images_and_odd_expressions_are_segmented(kind, expression, best, tmp_path):
+    image = ODD_IMAGES[kind]
     image.save(tmp_path / "photo.tiff")
     mask = evaluate.load(best)(tmp_path / "photo.tiff", expression)
     assert mask.shape == image.size[::-1] and mask.dtype == bool
-    as_rgb = (data.to_rgb(ODD_PHOTOGRAPHS[kind]).tobytes() for kind in ("grey", "16 bit"))
+    as_rgb = (data.to_rgb(ODD_IMAGES[kind]).tobytes() for kind in ("grey", "16 bit"))
     assert next(as_rgb) == next(as_rgb)  # scaled, not clipped at 255
 
 
 WRONG_INPUTS = [
-    (train, ["--lr", "-1"], "--lr is -1.0, but must be at least 0"),
+    (train, ["--lr", "-1"], "--lr can't be -1.0"),
+    (train, ["--ratio", "0"], "--ratio can't be 0.0"),
+    (train, ["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
     (train, ["--batch-size", "500"], "only 48 objects to train on: lower --batch-size, which is 500"),
     (train, ["--batch-size", "16", "--micro-batch", "3"], "--batch-size 16 does not divide among 1 process(es)"),
     (train, ["--device", "gpu"], "--device gpu can't be used here"),
-    (train, ["--resume", "--out", "nowhere"], "there is no checkpoint nowhere"),
-    (train, ["--init", "x.pt", "--model", "tiny"], "--init brings sizes and weights along"),
-    (train, ["--resume", "--variant", "linguistic"], "this run has variant vega, not linguistic"),
-    (train, ["--resume-anyway", "--variant", "linguistic"], "the checkpoint does not fit the model"),
-    (train, ["--variant", "threshold"], "there is no variant 'threshold'; it must be one of vega, linguistic"),
-    (train, ["--set", "image_size=130"], "multiple of 4"),
-    (train, ["--set", "sice=1"], "there is no 'sice'; it must be one of variant, ratio, image_size"),
+    (train, ["--init", "x.safetensors"], "there is no model x.safetensors"),
+    (train, ["--resume", "--variant", "linguistic"], "has variant vega, not linguistic"),
+    (train, ["--variant", "threshold"], "invalid choice: 'threshold' (choose from"),
+    (train, ["--image-size", "130"], "--image-size is 130, but must be a multiple of 4 and at least 32"),
+    (train, ["--attention-heads", "5"], "must be multiples of 5 heads"),
+    (train, ["--embed-dim", "25"], "these sizes make no model"),
+    (train, ["--bert-config", '{"hiden_size": 3}'], "BERT's config has no hiden_size"),
     (evaluate, ["--split", "tetsB"], "no split 'tetsB'; it has train, val, testA, testB"),
     (evaluate, ["--json", "nowhere/x.json"], "there is no folder nowhere"),
-    (evaluate, ["--checkpoint", str(HERE / "README.md")], "can't be read as a checkpoint"),
+    (evaluate, ["--checkpoint", str(HERE / "README.md")], "holds no model of this program, or was cut short"),
+    (evaluate, ["--checkpoint", "nowhere"], "there is no model nowhere: give a run's folder, or a file such as"),
     (evaluate, ["--image", "absent.jpg"], "--image and --expression go together"),
+    (evaluate, ["--image", "absent.jpg", "--expression", "red"], "absent.jpg can't be read as an image (FileNotFound"),
     (evaluate, ["--image", str(HERE / "README.md"), "--expression", "red"], "can't be read as an image"),
     (evaluate, ["--image", str(HERE / "assets/shapes.png"), "--expression", " "], "expression is empty"),
-    (evaluate, ["--image", "a.jpg", "b/a.jpg", "--expression", "red"], "two photographs have the same name"),
-    (evaluate, ["--image", "a.jpg", "--expression", "red", "--split", "val"], "--split does nothing with --image"),
+    (evaluate, ["--image", "a.jpg", "b/a.jpg", "--expression", "red"], "two images have the same name"),
 ]
 
 
@@ -1601,15 +1571,11 @@ def test_a_wrong_input_gets_one_clear_message(script, flags, message, trained, s
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])
-def test_bf16_is_the_default_where_a_card_has_it_and_told_where_it_is_slow(has_bf16, monkeypatch, capsys):
+def test_bf16_is_the_default_where_a_card_has_it(has_bf16, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or has_bf16)
     assert evaluate.resolve_precision(None, cuda) == ("bf16" if has_bf16 else "fp32")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_bf16)
-    assert evaluate.resolve_precision(None, cpu) == "fp32" and not capsys.readouterr().out
-    assert evaluate.resolve_precision("bf16", cpu) == "bf16"
-    assert ("many times slower in bf16" in capsys.readouterr().out) == (not has_bf16)
+    assert evaluate.resolve_precision(None, cpu) == "fp32" and evaluate.resolve_precision("bf16", cpu) == "bf16"
 
 
 def test_each_process_touches_its_own_gpu_alone(monkeypatch):
@@ -1623,16 +1589,12 @@ def test_each_process_touches_its_own_gpu_alone(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert evaluate.start_processes(None) == torch.device("cuda:1")
     assert noted == ["current cuda:1", "zeros cuda:1"] and not torch.backends.cudnn.allow_tf32
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(data.InputError, match="--device cuda can't be used here; .*this machine has 2 GPUs"):
-        evaluate.start_processes(None)
-
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 @pytest.mark.parametrize("precision, points", [("fp32", 1), ("bf16", 5)])
 def test_cuda_trains_and_scores_as_the_cpu_does(precision, points, train_here, small, tmp_path):
     scores = train_here("--max-steps", 4, "--precision", precision, "--device", "cuda")
-    flags = ["--data", str(small), "--checkpoint", str(tmp_path / "run" / "best.pt"), "--device", "cpu"]
+    flags = ["--data", str(small), "--checkpoint", str(tmp_path / "run"), "--device", "cpu"]
     assert scores["val"]["mIoU"] == pytest.approx(evaluate.main(flags)["val"]["mIoU"], abs=points)
 
 
@@ -1652,15 +1614,15 @@ refcocog-google val 73.22 68.79 63.00 52.77 27.96 65.36 63.49
 def test_the_papers_row_stands_under_a_base_models_scores(best, tmp_path, capsys):
     paper = [row.split() for row in PAPERS_TABLE_5.strip().split("\n")]
     assert [[*key, *(f"{score:.2f}" for score in row)] for key, row in evaluate.TABLE_5.items()] == paper
-    checkpoint = read_checkpoint(best)
-    folder = write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
-    command = ["--checkpoint", str(tmp_path / "x.pt"), "--dataset", "refcoco", "--data", str(folder)]
+    file, folder = tmp_path / "x.safetensors", write_refer(tmp_path, "refcoco", COCO_PLACES[0], 2)
+    about, weights = read_about(best), safetensors.torch.load_file(best)
+    command = ["--checkpoint", str(file), "--dataset", "refcoco", "--data", str(folder)]
 
     def printed(*flags, model="base", variant="vega", ratio=0.3) -> tuple[dict, list]:
         """The scores, and the lines below the heading; no base model is at hand, so a tiny one says that it is."""
-        checkpoint["args"]["model"] = model
-        checkpoint["config"].update(variant=variant, ratio=ratio)
-        torch.save(checkpoint, tmp_path / "x.pt")
+        about["settings"]["model"] = model
+        about["config"].update(variant=variant, ratio=ratio)
+        safetensors.torch.save_file(weights, file, {key: json.dumps(value) for key, value in about.items()})
         capsys.readouterr()
         scores = evaluate.main([*command, "--split", "val", "testA", *flags])
         return scores, [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
@@ -1677,136 +1639,40 @@ def test_the_papers_row_stands_under_a_base_models_scores(best, tmp_path, capsys
         assert [line[0] for line in printed(*flags)[1]] == ["refcoco"] * 2
     assert [line[0] for line in printed(model="tiny")[1]] == ["refcoco"] * 2
     for settings in ({"variant": "unmasked-softmax", "ratio": 0.5}, {"ratio": 0.35}, {"variant": "sharp"}):
-        assert evaluate.of_paper(VEGAConfig(**settings), "refcoco", "val") == {}
+        assert evaluate.paper_scores(VEGAConfig(**settings), "refcoco", "val") == {}
+
+
+# studies/
 
 
 @pytest.mark.slow
 def test_the_study_goes_on_where_it_was_killed(small, tmp_path):
-    """Its command on three runs of 30 steps, killed when the first is done and another has a checkpoint."""
-    script = (HERE / "assets/study/run.sh").read_text().replace("in 0 1 2", "in 0").replace("in 3 4", "in")
-    script = re.sub(r"rows=\$.*", 'rows="variant=vega variant=no-cues ratio=0.1"', script)
-    settings = f"--data {small} --max-steps 30 --checkpoint-every 2 {' '.join(RUN)}"
-    script = script.replace("pytest", f"{sys.executable} -m pytest {HERE / 'test_vega.py'}")
-    script = script.replace("python train.py", f"{sys.executable} {HERE / 'train.py'} {settings}")
-    process, runs = start("bash", "-c", script, cwd=tmp_path), tmp_path / "runs" / "study"
-    wait_until(lambda: list(runs.glob("*/metrics.json")) and len(list(runs.glob("*/last.pt"))) > 1, process)
+    """Three of its runs, of 30 steps, killed when the first is done and another has a checkpoint."""
+    flags = ["--data", small, "--max-steps", 30, "--checkpoint-every", 2, *RUN]
+    results, runs = tmp_path / "results.jsonl", tmp_path / "runs"
+    where = ["--results", results, "--folder", runs, "--only", "no-cues", "ratio=0.1"]
+    command = [sys.executable, "-m", "studies.study", "--run", *where, *flags]
+    process = start(*command)
+    wait_until(lambda: results.exists() and len(list(runs.glob("*/last.pt"))) > 2, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    before = {file: written(file) for out in runs.glob("*/metrics.json") for file in out.parent.iterdir()}
-    printed = start("bash", "-c", script, cwd=tmp_path).communicate(timeout=900)[0]
-    assert all(written(file) == then for file, then in before.items())
-    for name in ("vega-0", "no-cues-0", "ratio=0.1-0"):
-        assert [line["step"] for line in log_of(runs / name) if "lr" in line] == list(range(1, 31)), name
-    names = re.findall(r"^\| \w+ \| `([\w.=-]+)` \| 1 \|", printed, re.MULTILINE)
-    assert names == ["vega", "no-cues", "ratio=0.1"], printed
+    before = study.read_results(results)
+    printed = start(*command).communicate(timeout=900)[0]
+    after = study.read_results(results)
+    assert after[: len(before)] == before and 0 < len(before) < len(after) == 6, printed
+    assert {(run["name"], run["seed"]) for run in after} == {(n, seed) for n in ("no-cues", "ratio=0.1") for seed in range(3)}
+    assert [line["step"] for line in log_of(runs / "no-cues-2") if "lr" in line] == list(range(1, 31))
+    assert re.findall(r"^\| \w+ \| `([\w.=-]+)` \| 3 \|", printed, re.MULTILINE) == ["no-cues", "ratio=0.1"]
 
 
-# Measurements: pytest -m benchmark -s
-
-
-def chance_above(values: torch.Tensor, positive: torch.Tensor) -> float:
-    """AUC: how often one of the positive values is above one of the others."""
-    return (values[positive][:, None] > values[~positive]).float().mean().item()
-
-
-def named_by(expression: str) -> str:
-    """By what a sentence names its target: "colour", "size and shape", .."""
-    target = re.split(" (?:to the )?(?:left|right) of | above | over | below | under ", expression)[0].split()
-    words = {"size": data.SIZES, "colour": data.COLORS, "shape": data.SHAPES}
-    return " and ".join(kind for kind, names in words.items() if set(names) & set(target))
-
-
-@pytest.mark.benchmark
-def test_what_the_words_select():
-    """Of each run in RUNS: what its words select on val, what the loss tells them, and scores by what names the target.
-
-    "AUC": over the pixels of all things, the chance that a pixel of a thing of the word's colour (or shape) is more
-    similar to the word than another, and the same for [CLS]. "gradient": the norm of the loss's gradient with respect
-    to a row of S, of one sample at a time.
-    """
-    cpu = torch.device("cpu")
-    for folder in os.environ.get("RUNS", "").split():
-        checkpoint = read_checkpoint(Path(folder) / "best.pt")
-        model, tokenizer = restore(checkpoint, cpu)
-        where, found = Path(checkpoint["args"]["data"]), collections.defaultdict(list)
-        for split in ("testB", "val"):
-            dataset = data.RefDataset("shapes", split, where, None, tokenizer, 21, 128)
-            for sample in evaluate.evaluate(model, dataset, cpu).samples:
-                named = named_by(dataset.expressions[sample["index"]])
-                found[f"mIoU of {split}, named by {named}"].append(100 * sample["iou"])
-                for measure, value in sample["measures"].items():
-                    found[f"{measure}, {split}"].append(value)
-
-        things = collections.defaultdict(list)  # image -> its things, with their masks
-        for thing in json.loads((where / "shapes" / "instances.json").read_text())["annotations"]:
-            thing["mask"] = torch.from_numpy(data.rasterize(thing["segmentation"], 128, 128))
-            things[thing["image_id"]].append(thing)
-        for batch in torch.utils.data.DataLoader(dataset):
-            output = model(*evaluate.model_inputs(batch, cpu))
-            S = output["selection"].S
-            S.retain_grad()
-            model.loss(output, batch["mask"])["loss"].backward()
-            words = tokenizer.convert_ids_to_tokens(batch["input_ids"][batch["attention_mask"] == 1])[:-1]  # no [SEP]
-            norms = S.grad[0].norm(dim=-1).tolist()
-            found["gradient, [CLS]"].append(norms[0])
-            found["gradient, a word"] += norms[1 : len(words)]
-            maps = S.detach().unflatten(-1, output["similarity"].shape[1:])
-            maps = F.interpolate(maps, (128, 128), mode="bilinear")[0]
-            here = things[dataset.object(batch["index"].item()).image_id]
-            masks = torch.stack([thing["mask"] for thing in here])
-            inside = masks.any(0)
-            for t, kind in itertools.product(range(1, len(words)), ("color", "shape")):
-                of_it = masks[[thing["attributes"][kind] == words[t] for thing in here]].any(0)[inside]
-                if 0 < of_it.sum() < len(of_it):
-                    found[f"AUC by {kind}, the word"].append(chance_above(maps[t][inside], of_it))
-                    found[f"AUC by {kind}, [CLS]"].append(chance_above(maps[0][inside], of_it))
-        print(f"\n{folder}: {model.config.variant}, tau {model.log_tau.exp().item():.3f}")
-        for name, values in sorted(found.items()):
-            print(f"  {name:<52}{np.mean(values):.3g} ({len(values)})")
-
-
-def study(folder: Path) -> str:
-    """The paper's ablations beside the runs FOLDER/NAME-SEED on val; NAME is a variant, or ratio=0.1 and so on.
-
-    Of mIoU and oIoU: mean and standard deviation over the seeds, the paper's on RefCOCO, the mean difference to vega's
-    run of the same seed, and its two-sided p by the exact permutation test of the differences' signs.
-    """
-    runs = collections.defaultdict(dict)  # name -> seed -> scores
-    for file in sorted(folder.glob("*-*/metrics.json")):
-        name, _, seed = file.parent.name.rpartition("-")
-        runs[name][seed] = json.loads(file.read_text())["val"]
-    paper = {name: (v.table, v.mIoU, v.oIoU) for name, v in VARIANTS.items()}
-    paper |= {f"ratio={ratio}": ("6", *scores) for ratio, scores in RATIOS.items()}
-    columns = "".join(f" {column} (sd) | paper | - vega | p |" for column in ("mIoU", "oIoU"))
-    lines = [f"| table | row | n |{columns}", "| --- " * 11 + "|"]
-    for name in filter(runs.get, paper):
-        table, *theirs = paper[name]
-        lines.append(f"| {table} | `{name}` | {len(runs[name])} |")
-        for column, score in zip(("mIoU", "oIoU"), theirs):
-            ours = {seed: scores[column] for seed, scores in runs[name].items()}
-            sd = f" ({statistics.stdev(ours.values()):.2f})" if len(ours) > 1 else ""
-            lines[-1] += f" {np.mean(list(ours.values())):.2f}{sd} | {f'{score:.2f}' if score else ''} |"
-            shared = [seed for seed in ours if name != "vega" and seed in runs["vega"]]
-            change = [ours[seed] - runs["vega"][seed][column] for seed in shared]
-            lines[-1] += f" {np.mean(change):+.2f} | {sign_test(change):.3f} |" if change else " | |"
-    return "\n".join(lines)
-
-
-def sign_test(differences: list[float]) -> float:
-    """The share of all ways to sign the differences whose sum is as far from zero as theirs."""
-    sums = [sum(signed) for signed in itertools.product(*((d, -d) for d in differences))]
-    return float(np.mean(np.abs(sums) >= abs(sum(differences)) - 1e-9))
-
-
-def test_the_table_of_a_study_is_right(tmp_path):
+def test_the_table_of_a_study_is_right():
     """By hand. vega 74, 75, 77; no-cues 73, 73, 76: differences -1, -2, -1, and all of one sign in 2 of 8."""
+    runs = []
     for name, scores in {"vega": (74, 75, 77), "no-cues": (73, 73, 76), "ratio=0.1": (75, 70), "sharp": (80,)}.items():
         for seed, mIoU in enumerate(scores):
-            (tmp_path / f"{name}-{seed}").mkdir()
             row = {"mIoU": mIoU, "oIoU": mIoU - 10 + (seed == 1 and name == "no-cues") * 5}
-            (tmp_path / f"{name}-{seed}" / "metrics.json").write_text(json.dumps({"val": row, "testA": {}}))
-    (tmp_path / "vega-3").mkdir()  # not done
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in study(tmp_path).splitlines()[2:]]
+            runs.append({"name": name, "seed": seed, "val": row, "testA": {}})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in study.table(runs).splitlines()[2:]]
     assert rows == [
         ["2", "`vega`", "3", "75.33 (1.53)", "76.28", "", "", "65.33 (1.53)", "75.35", "", ""],
         # oIoU: differences -1, +3, -1, whose sum of 1 is reached by all but none of the 8: |1|, |3|, |5|
@@ -1815,94 +1681,3 @@ def test_the_table_of_a_study_is_right(tmp_path):
         # +1 and -5: of sums 4, 4, 6, 6 all are as large
         ["6", "`ratio=0.1`", "2", "72.50 (3.54)", "76.11", "-2.00", "1.000", "62.50 (3.54)", "74.82", "-2.00", "1.000"],
     ]
-
-
-@pytest.mark.benchmark
-def test_the_study():
-    """The table of the runs in STUDY."""
-    if "STUDY" in os.environ:
-        print("\n" + study(Path(os.environ["STUDY"])))
-
-
-class Encoders(VEGA):
-    """VEGA's own Swin and BERT without what VEGA adds: the least that an image and a sentence cost."""
-
-    def forward(self, image, input_ids, attention_mask) -> list:
-        words = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return [words, self.vision.swin.forward_features(image)]
-
-    def loss(self, output: list, mask) -> dict:
-        return {"loss": sum(features.float().mean() for features in output)}
-
-
-def training_step(model: torch.nn.Module, inputs: list, precision: str):
-    """A function that takes one step of AdamW; the gradients stay allocated, as they do under accumulation."""
-    optimizer, mask = torch.optim.AdamW(model.parameters(), 1e-5, fused=True), inputs[0][:, 0] > 1.5
-
-    def step():
-        optimizer.zero_grad(set_to_none=False)
-        with evaluate.autocast(mask.device, precision):
-            output = model.train()(*inputs)
-        model.loss(output, mask)["loss"].backward()
-        optimizer.step()
-
-    return step
-
-
-def milliseconds(function) -> float:
-    """The median time of a call on all cores."""
-    from torch.utils.benchmark import Timer  # which looks for CUDA's compiler as it is imported, and warns
-
-    timer = Timer("function()", globals={"function": function}, num_threads=os.cpu_count())
-    return 1e3 * timer.blocked_autorange(min_run_time=5).median
-
-
-def peak_of_a_step(config: VEGAConfig, checkpointing: bool, batch: tuple, device: torch.device, precision: str):
-    """MB that it takes beyond those of a process without a model; to be called in a process of its own."""
-
-    def peak() -> float:  # not of getrusage, which may tell the parent's
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device) / 1e6
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
-
-    before, model = peak(), VEGA(config).to(device)
-    model.vision.swin.set_grad_checkpointing(checkpointing)
-    step = training_step(model, [tensor.to(device) for tensor in batch], precision)
-    step(), step()
-    return peak() - before
-
-
-@pytest.mark.benchmark
-def test_benchmark():
-    """Time and memory of VEGA, at random weights, beside its encoders. BENCHMARK: model, size, batch and precision."""
-    told = os.environ.get("BENCHMARK", "").split()
-    name, size, batch_size, precision = told + ["tiny", "128", "1", "fp32"][len(told) :]
-    device, config = evaluate.pick_device(None), getattr(VEGAConfig, name)(image_size=int(size))
-    batch = random_batch(config, int(batch_size), words=(config.max_tokens,))
-    inputs = [tensor.to(device) for tensor in batch]
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} threads"
-    print(f"\n{name} at {size} x {size}, batch {batch_size}, {precision}, {device.type}, {hardware}")
-    weights = sum(p.nbytes for p in VEGA(config).parameters()) / 1e6
-    for checkpointing in (False, True):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            peak = process.submit(peak_of_a_step, config, checkpointing, batch, device, precision).result()
-        parts = f"weights {weights:.0f}, gradients {weights:.0f}, optimiser {2 * weights:.0f}"
-        print(f"step, {checkpointing=}, MB: {parts}, activations {peak - 4 * weights:.0f}, peak {peak:.0f}")
-        assert peak > 4 * weights
-
-    print(f"{'':<36}" + "".join(f"{part:>10}{'ratio':>7}{'images/s':>10}" for part in ("forward", "step")))
-    least, words_only = None, dataclasses.replace(config, variant="enhanced-linguistic")
-    models = {"two encoders alone": Encoders(config), "VEGA": VEGA(config), "no visual expression": VEGA(words_only)}
-    for label, model in models.items():
-        step = training_step(model.to(device), inputs, precision)
-
-        def forward():
-            with evaluate.autocast(device, precision), torch.inference_mode():
-                model.eval()(*inputs)
-
-        times = milliseconds(forward), milliseconds(step)
-        least = least or times
-        row = f"{label:<36}"
-        for ms, first in zip(times, least):
-            row += f"{ms:>7.0f} ms{ms / first:>7.2f}{1e3 * len(inputs[0]) / ms:>10.2f}"
-        print(row)
