@@ -284,7 +284,7 @@ def read_dataset(name: str, data: str, image_folder: str | None = None) -> tuple
     objects, sentence_count = {}, 0
     for number, ref in refs:
         ref_id = ref.get("ref_id", number)
-        with input_errors(f"ref {ref_id} of {name} or its image is not in order"):
+        with input_errors(f"ref {ref_id} of {name} or its image {ref.get('image_id')} is not in order"):
             image = entries.get(ref["image_id"])
             segmentation = ref.get("segmentation") or annotations.get(ref.get("ann_id"))
             if image is None or segmentation is None:

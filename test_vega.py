@@ -5,7 +5,6 @@ import filecmp
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -61,31 +60,39 @@ def launcher(nproc: int, *flags) -> list:
     return [sys.executable, *(torchrun if nproc > 1 else [])]
 
 
-def run(*command, nproc=1, cwd=HERE) -> subprocess.CompletedProcess:
-    """Run a script as a person would, one thread a process."""
-    return subprocess.run(
-        [*launcher(nproc), *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=1800,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+def printed_by(*command, nproc=1, cwd=HERE) -> str:
+    """Run a script as a person would, one thread a process; it must end well."""
+    process = start(*launcher(nproc), *command, cwd=cwd)
+    printed = process.communicate(timeout=1800)[0]
+    assert process.returncode == 0, printed
+    return printed
+
+
+def start(*command, cwd=HERE) -> subprocess.Popen:
+    """Like `printed_by`, but goes on."""
+    return subprocess.Popen(
+        list(map(str, command)), cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
 def tokenized(name: str, split: str, folder="data", image_size: int = 64, **settings) -> data.RefDataset:
     """A split with a tokenizer of its own words."""
-    words = data.RefDataset(name, split, folder).expressions
-    return data.RefDataset(name, split, folder, None, data.make_tokenizer(words), 21, image_size, **settings)
+    expressions = data.RefDataset(name, split, folder).expressions
+    return data.RefDataset(name, split, folder, None, data.make_tokenizer(expressions), 21, image_size, **settings)
 
 
 def tiny(**overrides) -> VEGAConfig:
     return VEGAConfig(**{**TINY, **overrides})
 
 
-def random_batch(config: VEGAConfig, size: int = 2, words: tuple[int, ...] = (7, 4), seed: int = 0):
+def random_batch(config: VEGAConfig, size: int = 2, lengths: tuple[int, ...] = (7, 4), seed: int = 0):
     """image, input_ids, attention_mask, with padding after the words."""
     generator = torch.Generator().manual_seed(seed)
     shape = size, 3, config.image_size, config.image_size
     image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     ids = torch.randint(5, config.bert_config["vocab_size"], (size, config.max_tokens), generator=generator)
-    mask = torch.tensor([[int(t < words[b % len(words)]) for t in range(config.max_tokens)] for b in range(size)])
+    mask = torch.tensor([[int(t < lengths[b % len(lengths)]) for t in range(config.max_tokens)] for b in range(size)])
     return image, ids, mask
 
 
@@ -180,27 +187,8 @@ def test_a_block_is_algorithm_1_with_the_lines_of_its_row(variant, N, T, ratio):
     with torch.autocast("cpu", torch.bfloat16):
         output = block(*inputs, mask_l)
     assert torch.equal(output.M, results[1][0])
-    # bf16 keeps 8 bits, and each of the eight layers rounds
-    torch.testing.assert_close(output.G.float(), results[1][1], rtol=0, atol=8 * 2**-8 * results[1][1].abs().max().item())
-
-
-class LiteralVISBlock(Stepwise):
-    """The weighted sum as the pseudocode has it."""
-
-    def pool(self, M, S_norm, F_v):
-        F_v = F_v.unsqueeze(1).repeat(1, M.shape[1], 1, 1)  # [B, T, N, D]
-        return (M.unsqueeze(-1) * S_norm.unsqueeze(-1) * F_v).sum(dim=2) / M.sum(-1, keepdim=True)
-
-
-def test_no_tensor_of_words_times_pixels_times_channels():
-    """Forward or backward; the literal weighted sum makes some of B x T x N x D."""
-    B, T, N, D = 2, 21, 225, 64
-    largest = []  # allocation in bytes
-    for block in (VISBlock(D), LiteralVISBlock(D)):
-        with torch.profiler.profile(profile_memory=True) as profile:
-            block(torch.randn(B, N, D, requires_grad=True), torch.randn(B, T, D), torch.ones(B, T)).G.sum().backward()
-        largest.append(max(event.self_cpu_memory_usage for event in profile.events()))
-    assert largest[0] < 4 * B * T * N * D / 5 and largest[1] >= 4 * B * T * N * D
+    bound = 8 * 2**-8 * results[1][1].abs().max().item()  # bf16 keeps 8 bits, and each of the eight layers rounds
+    torch.testing.assert_close(output.G.float(), results[1][1], rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -308,14 +296,14 @@ def test_variants_name_their_rows():
 
 def test_early_fusion_is_lavt_in_plain_steps():
     torch.manual_seed(0)
-    fusion, x, words = EarlyFusion(8, 12), torch.randn(2, 9, 8), torch.randn(2, 5, 12)
-    ours = fusion(x, words, torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]))
+    fusion, x, tokens = EarlyFusion(8, 12), torch.randn(2, 9, 8), torch.randn(2, 5, 12)
+    ours = fusion(x, tokens, torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]))
 
     def normalise(v):  # [N, C], each channel over the pixels
         return (v - v.mean(0)) / (v.var(0, unbiased=False) + 1e-5).sqrt()
 
     for b, length in enumerate((5, 2)):
-        key, value = fusion.key(words[b, :length]), fusion.value(words[b, :length])
+        key, value = fusion.key(tokens[b, :length]), fusion.value(tokens[b, :length])
         query = normalise(fusion.query(x[b]))
         attended = normalise(fusion.project_attended((query @ key.T * 8**-0.5).softmax(-1) @ value))
         fused = F.gelu(fusion.project_fused(F.gelu(fusion.project_vision(x[b])) * attended))
@@ -369,7 +357,7 @@ def test_base_is_the_papers_model():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_padding_does_not_matter_and_words_do(name):
     model = small_model(name)
-    image, ids, mask = random_batch(model.config, words=(7, 4))
+    image, ids, mask = random_batch(model.config, lengths=(7, 4))
     with torch.no_grad():
         logits = model(image, ids, mask)["logits"]
         other_padding = model(image, torch.where(mask == 1, ids, 63 - ids), mask)["logits"]
@@ -385,45 +373,15 @@ def test_every_parameter_learns(name, stages):
     """So DDP needs no find_unused_parameters. Under bf16, with every word but [CLS] padded, gradients are finite."""
     model = small_model(name, depths=(1,) * stages, num_heads=(2,) * stages)
     assert getattr(model.vis, "log_tau", model.log_tau) is model.log_tau  # one temperature for `sharp` and Eq. 5
-    for words, precision in (((7, 4), "fp32"), ((1, 1), "bf16")):
+    for lengths, precision in (((7, 4), "fp32"), ((1, 1), "bf16")):
         model.zero_grad()
         with evaluate.autocast(torch.device("cpu"), precision):
-            output = model(*random_batch(model.config, words=words))
+            output = model(*random_batch(model.config, lengths=lengths))
         model.loss(output, torch.rand(2, 64, 64) < 0.1)["loss"].backward()
         assert output["logits"].isfinite().all()
         for parameter_name, parameter in model.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
             assert precision == "bf16" or parameter.dim() < 2 or parameter.grad.any(), parameter_name
-
-
-def test_heads_start_by_looking_near_the_pixel_and_coordinates_as_strong_as_the_patches():
-    torch.manual_seed(0)
-    vision = VisionEncoder(tiny())
-    for name, table in vision.swin.named_parameters():
-        if name.endswith("relative_position_bias_table"):  # -|offset - place|^2 / 2 over the offsets of a window of 4
-            grid = table.detach().unflatten(0, (7, 7))  # [dy, dx, heads]
-            for along in (0, 1):
-                assert torch.allclose(grid.diff(n=2, dim=along), torch.tensor(-1.0), atol=1e-4)
-            assert len(table.argmax(0).unique()) > 1
-    with torch.no_grad():
-        patches = vision.swin.patch_embed(torch.randn(1, 3, 128, 128))
-        places = vision.coordinates(torch.rand(1000, 2) * 2 - 1) - vision.coordinates.bias
-    assert 0.7 < places.std() / patches.std() < 2  # at torch's own scale 0.33
-
-
-def test_an_untrained_tiny_model_learns_one_batch(small):
-    torch.manual_seed(0)
-    dataset = tokenized("shapes", "train", small, image_size=128, training=True)
-    batch = torch.utils.data.default_collate([dataset[(0, i)] for i in range(4)])
-    model, target = VEGA(tiny()), batch["mask"]
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
-        model.loss(output, target)["loss"].backward()
-        optimizer.step()
-    found = output["logits"] > 0
-    assert ((found & target).sum((1, 2)) / (found | target).sum((1, 2))).min() > 0.9
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 fakes no CUDA tensors without a driver")
@@ -506,9 +464,9 @@ def test_bert_and_its_tokenizer_come_from_a_folder_and_go_into_the_checkpoint(sm
     """A BERT of another size that minds capitals, drops accents and leaves Chinese characters together."""
     torch.manual_seed(0)
     folder = tmp_path / "bert"
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] Red cafe \u4e2d\u6587 red".split()
+    vocabulary = "[PAD] [UNK] [CLS] [SEP] [MASK] Red cafe \u4e2d\u6587 red".split()
     rules = dict(do_lower_case=False, strip_accents=True, tokenize_chinese_chars=False)
-    transformers.BertTokenizer({word: i for i, word in enumerate(words)}, **rules).save_pretrained(folder)
+    transformers.BertTokenizer({word: i for i, word in enumerate(vocabulary)}, **rules).save_pretrained(folder)
     sizes = dict(vocab_size=40, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64)
     bert = transformers.BertModel(transformers.BertConfig(**sizes))
     bert.save_pretrained(folder)
@@ -547,7 +505,7 @@ def test_a_model_is_one_file(train_here, tmp_path):
     assert about["settings"] == json.loads((run / "settings.json").read_text()) and about["settings"]["batch_size"] == 4
     assert about["scores"]["val"].items() <= log_of(run)[-1].items() and about["step"] == 1
     assert load_model(run, ratio=0.5)[0].vis.ratio == 0.5
-    assert (run / "best.safetensors").stat().st_mode == (run / "last.pt").stat().st_mode  # whoever may read one may both
+    assert (run / "best.safetensors").stat().st_mode == (run / "last.pt").stat().st_mode  # readable by the same people
 
 
 def test_a_broken_or_hostile_model_file_is_refused_and_nothing_runs(best, tmp_path):
@@ -817,8 +775,8 @@ def test_a_wrong_value_is_told_in_one_line(change, message, tmp_path):
         ("instances.json", lambda file: file.write_text("[" * 200_000), "is not JSON"),
         ("refs.json", lambda file: file.write_text('{"refs": []}'), "is not a list of refs"),
         ("refs.json", lambda file: file.write_text("[]"), "has no split 'train'; it has none"),
-        ("images/desk.jpg", lambda file: file.write_text("<html>"), "desk.jpg can't be read as an image"),
-        ("images/desk.jpg", lambda file: os.truncate(file, 300), "desk.jpg can't be read as an image"),
+        ("images/desk.jpg", lambda file: file.write_text("<html>"), "its image desk.jpg is not in order"),
+        ("images/desk.jpg", lambda file: os.truncate(file, 300), "its image desk.jpg is not in order"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_line(file, break_it, message, tmp_path):
@@ -861,7 +819,7 @@ def test_a_folder_of_coco_and_refer_files_trains_and_evaluates(tmp_path, monkeyp
         refs.append({"ref_id": i, "ann_id": 10 + i, "image_id": i, "split": split, "sentences": sentences})
     folder = write_own(tmp_path / "own", refs, [f"rrsisd/JPEGImages/{file}" for file in files], entries, annotations)
     write_refs(folder / "refs(unc).p", refs)
-    with pytest.raises(data.InputError, match=r"must hold one refs file, or name one of them; .*refs\(unc\).p, .*refs.json"):
+    with pytest.raises(data.InputError, match=r"one refs file, or name one of them; .*refs\(unc\).p, .*refs.json"):
         data.RefDataset(str(folder), "val")
     (folder / "refs.json").unlink()
     data.main(["--check", str(folder)])
@@ -992,79 +950,11 @@ def test_shapes_are_the_same_to_the_byte(small, tmp_path):
     assert filecmp.cmpfiles(small, tmp_path, files, shallow=False) == (files, [], [])
 
 
-SCALE = """
-import json, multiprocessing, sys, time
-import torch
-import data, evaluate, train as training
-
-def proportional(pid):  # MB of a process, shared pages counted in parts
-    return sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")) / 1024
-
-torch.set_num_threads(1)
-started = time.perf_counter()
-json.loads(open(f"{sys.argv[1]}/refcoco/instances.json", "rb").read())
-loads = time.perf_counter() - started
-before, started = proportional("self"), time.perf_counter()
-tokenizer = data.make_tokenizer(["the thing number on the left"])
-train = data.RefDataset("refcoco", "train", sys.argv[1], tokenizer=tokenizer, training=True)
-val = data.RefDataset("refcoco", "val", sys.argv[1], tokenizer=tokenizer)
-seconds = time.perf_counter() - started
-order = training.training_batches(len(train), 16, 0, 200, 0)
-batches = evaluate.load_batches(train, order, 4, torch.device("cpu"))
-for _ in range(60):
-    next(batches)
-workers = multiprocessing.active_children()
-memory = proportional("self") + sum(proportional(worker.pid) for worker in workers) - before
-figures = {"workers": len(workers), "seconds to index": seconds, "seconds of json.loads": loads, "MB": memory}
-print(json.dumps({name: round(figure, 2) for name, figure in figures.items()}))
-"""
-
-
-@pytest.mark.slow
-def test_a_dataset_of_refcocos_size_fits_in_memory(tmp_path, capsys):
-    """20,000 images, 50,000 objects, 142,000 sentences. `pytest -m slow -k fits_in_memory -s` prints the figures."""
-    splits = ["train"] * 17 + ["val", "testA", "testB"]
-    folder = tmp_path / "images" / "train2014"
-    folder.mkdir(parents=True)
-    Image.effect_noise((640, 480), 30).convert("RGB").save(folder / "0.jpg", quality=90)
-    for i in range(1, 20_000):
-        (folder / f"{i}.jpg").hardlink_to(folder / "0.jpg")
-    images = [{"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in range(20_000)]
-    angles = np.linspace(0, 2 * np.pi, 35)
-    polygon = np.stack([320 + 150 * np.cos(angles), 240 + 150 * np.sin(angles)], 1).round(2).ravel().tolist()
-    rest = {"segmentation": [polygon], "category_id": 1, "iscrowd": 0, "area": 1.0, "bbox": [0.0, 0.0, 1.0, 1.0]}
-    # instances.json holds every object of the images, also those that nobody refers to
-    annotations = [{"id": i, "image_id": i % 20_000, **rest} for i in range(200_000)]
-    refs = []
-    for i in range(50_000):
-        text = {"raw": f"the thing number {i} on the left", "sent": "the thing", "tokens": ["the", "thing"]}
-        sentences = [{"sent_id": 3 * i + s, **text} for s in range(3 if i < 42_000 else 2)]
-        ids = {"ref_id": i, "ann_id": i, "image_id": i % 20_000, "category_id": 1}
-        refs.append({**ids, "split": splits[i % 20], "file_name": "x", "sentences": sentences})
-    write_refs(tmp_path / "refcoco" / "refs(unc).p", refs)
-    file = tmp_path / "refcoco" / "instances.json"
-    file.write_text(json.dumps({"images": images, "annotations": annotations}))
-    done = run("-c", SCALE, tmp_path)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    with capsys.disabled():
-        print(f"\ninstances.json of {file.stat().st_size / 2**20:.0f} MB: {figures}")
-    assert figures["workers"] == 4 and figures["MB"] <= 1024
-    assert figures["seconds to index"] <= 12 * figures["seconds of json.loads"]  # a ratio: machines differ
-
-
 # train.py
 
 
 RUN = ("--batch-size", "4", "--log-every", "1", "--image-size", "64", "--dropout", "0.1", "--drop-path", "0.1")
 CPU = ("--device", "cpu")  # where a result is the same bit for bit, and where no process needs a GPU of its own
-
-
-def printed_by(*command, **where) -> str:
-    """Run a script that must end well; see `run`."""
-    done = run(*command, **where)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -1083,11 +973,14 @@ def best(trained) -> Path:
 
 
 @pytest.fixture
-def train_here(small, tmp_path):
-    """A function that trains in this process, in a folder of tmp_path, and returns the scores."""
+def train_here(small, tmp_path, monkeypatch):
+    """A function that trains in this process, in a folder of tmp_path, and returns the scores; by default no pictures."""
 
-    def train_it(*flags, out="run") -> dict:
-        return train.main([*RUN, "--data", str(small), "--out", str(tmp_path / out), *map(str, flags)])
+    def train_it(*flags, out="run", pictures=False) -> dict:
+        with monkeypatch.context() as patch:
+            if not pictures:
+                patch.setattr(evaluate, "draw_pictures", mock.Mock())
+            return train.main([*RUN, "--data", str(small), "--out", str(tmp_path / out), *map(str, flags)])
 
     return train_it
 
@@ -1114,13 +1007,11 @@ def test_training_leaves_what_the_readme_says(trained):
     assert Image.open(out / "pictures-val.png").width > 500
 
 
-@pytest.mark.parametrize("flags", [[], ["--gradient-checkpointing"]])
-def test_the_flag_for_gradient_checkpointing_reaches_swin(flags, train_here, monkeypatch):
-    swin, calls = timm.models.swin_transformer, []
-    real = swin.checkpoint_seq
-    monkeypatch.setattr(swin, "checkpoint_seq", lambda blocks, x: (calls.append(blocks), real(blocks, x))[1])
-    train_here("--max-steps", 1, *flags)
-    assert bool(calls) == bool(flags)
+def test_the_flag_for_gradient_checkpointing_reaches_swin(train_here):
+    swin = timm.models.swin_transformer
+    with mock.patch.object(swin, "checkpoint_seq", side_effect=swin.checkpoint_seq) as used:
+        train_here("--max-steps", 1, "--gradient-checkpointing")
+    assert used.called
 
 
 def test_one_seed_gives_one_training(train_here, tmp_path):
@@ -1139,9 +1030,10 @@ def test_a_run_is_overwritten_only_if_it_saved_nothing(left, train_here, tmp_pat
     with pytest.raises(SystemExit, match="a run already: choose another --out, go on with --resume, or delete it"):
         train_here("--max-steps", 1)
     assert [(file.name, file.read_bytes()) for file in out.iterdir()] == [(left, b"of a run")]
-    (out / left).rename(out / "log.jsonl")
+    (out / left).unlink()
+    (out / "log.jsonl").write_text('{"step": 1, "loss": 0}\n')
     train_here("--max-steps", 1)
-    assert [line["step"] for line in log_of(out) if "loss" in line] == [1]
+    assert [line["loss"] > 0 for line in log_of(out) if "loss" in line] == [True]
 
 
 def test_resume_may_change_little(train_here, tmp_path, capsys):
@@ -1150,7 +1042,7 @@ def test_resume_may_change_little(train_here, tmp_path, capsys):
     train_here(*start)
     train_here(*start)
     assert [line["step"] for line in log_of(out) if "loss" in line] == [1]
-    for flags in (["--lr", "1e-5"], ["--variant", "sharp"], ["--init", "x"], ["--no-pretrained"], ["--batch-size", "6"]):
+    for flags in (["--lr", "1e-5"], ["--variant", "sharp"], ["--init", "x"], ["--no-pretrained"]):
         name = flags[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         with pytest.raises(SystemExit, match=f"the run in .*run has {name} .*, not .*: leave such flags out"):
             train.main(["--resume", "--out", str(out), *flags])
@@ -1188,14 +1080,6 @@ def test_the_learning_rate_rises_then_decays_and_gradients_are_clipped(train_her
     groups = torch.load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
     assert [group["lr"] / rates[2] for group in groups] == pytest.approx([0.05, 0.05, 1, 1])  # BERT's come first
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0, 0.01, 0.0]
-
-
-def start(*command, cwd=HERE) -> subprocess.Popen:
-    """Like `run`, but goes on, and all that it prints is one text."""
-    return subprocess.Popen(
-        list(map(str, command)), cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 def wait_until(condition, process, seconds=900):
@@ -1277,7 +1161,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(small, tmp_path):
 def test_what_is_not_finite_is_never_saved(train_here, tmp_path):
     """A learning rate of 1e15 leaves finite weights in step 1, and with them step 2 has no finite loss."""
     flags = ["--checkpoint-every", 1, "--max-steps", 9]
-    with pytest.raises(SystemExit, match="the loss or a weight is not finite after step [23]; it is not saved to .*run"):
+    with pytest.raises(SystemExit, match="a weight is not finite after step [23]; it is not saved to .*run"):
         train_here("--lr", 1e15, *flags)
     model = torch.load(tmp_path / "run" / "last.pt")["model"]
     assert all(value.isfinite().all() for value in model.values())
@@ -1298,18 +1182,6 @@ def test_an_error_in_one_of_several_processes_ends_it_at_once(error, message, mo
         data.command_line(mock.Mock(side_effect=error))()
     os._exit.assert_called_once_with(1)
     assert capsys.readouterr().err.startswith(message)
-
-
-@pytest.mark.slow
-def test_a_dead_process_takes_the_others_down(small, tmp_path):
-    flags = ["--data", small, *RUN, *CPU, "--max-steps", 500, "--out", tmp_path / "run"]
-    process = start(*launcher(2), HERE / "train.py", *flags)
-    wait_until((tmp_path / "run" / "log.jsonl").exists, process)
-    environment = {child: Path(f"/proc/{child}/environ").read_bytes() for child in children_of(process.pid)}
-    (victim,) = (child for child, names in environment.items() if b"\0LOCAL_RANK=1\0" in names)
-    os.kill(victim, signal.SIGKILL)
-    printed = process.communicate(timeout=900)[0]
-    assert process.returncode != 0 and "SIGKILL" in printed, printed
 
 
 @pytest.mark.slow
@@ -1441,9 +1313,12 @@ def test_evaluation_counts_the_same_in_any_number_of_processes(best, small, tmp_
     assert results[0] == results[1] == results[2]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+QUICK = ("vega", "linguistic", "topk-pixels", "local-only", "sharp")
+
+
+@pytest.mark.parametrize("name", [pytest.param(v, marks=[pytest.mark.slow] * (v not in QUICK)) for v in VARIANTS])
 def test_a_model_carries_its_variant_and_its_data(name, train_here, tmp_path):
-    scores = train_here("--variant", name, "--max-steps", 2)
+    scores = train_here("--variant", name, "--max-steps", 2, pictures=True)
     out = tmp_path / "run"
     assert evaluate.main(["--checkpoint", str(out)])["val"] == scores["val"]
     model, _ = load_model(out)
@@ -1487,7 +1362,7 @@ def test_ones_own_images_get_masks_and_overlays(best, first_column, tmp_path, ca
 
 
 def test_the_command_and_python_give_one_mask(best, tmp_path, monkeypatch):
-    """The logits of expressions that share a pass are each one's own; bf16 changes them by no more than its rounding."""
+    """The logits of expressions that share a pass are each one's own; bf16 changes them by its rounding at most."""
     image, expressions = tmp_path / "photo.png", ["red thing", "left square"]
     Image.linear_gradient("L").resize((50, 40)).save(image)
     model, tokenizer = load_model(best)
@@ -1545,7 +1420,7 @@ WRONG_INPUTS = [
     (train, ["--variant", "threshold"], "invalid choice: 'threshold' (choose from"),
     (train, ["--image-size", "130"], "--image-size is 130, but must be a multiple of 4 and at least 32"),
     (train, ["--attention-heads", "5"], "must be multiples of 5 heads"),
-    (train, ["--embed-dim", "25"], "these sizes make no model"),
+    (train, ["--num-heads", "4"], "these sizes make no model"),
     (train, ["--bert-config", '{"hiden_size": 3}'], "BERT's config has no hiden_size"),
     (evaluate, ["--split", "tetsB"], "no split 'tetsB'; it has train, val, testA, testB"),
     (evaluate, ["--json", "nowhere/x.json"], "there is no folder nowhere"),
@@ -1643,26 +1518,6 @@ def test_the_papers_row_stands_under_a_base_models_scores(best, tmp_path, capsys
 
 
 # studies/
-
-
-@pytest.mark.slow
-def test_the_study_goes_on_where_it_was_killed(small, tmp_path):
-    """Three of its runs, of 30 steps, killed when the first is done and another has a checkpoint."""
-    flags = ["--data", small, "--max-steps", 30, "--checkpoint-every", 2, *RUN]
-    results, runs = tmp_path / "results.jsonl", tmp_path / "runs"
-    where = ["--results", results, "--folder", runs, "--only", "no-cues", "ratio=0.1"]
-    command = [sys.executable, "-m", "studies.study", "--run", *where, *flags]
-    process = start(*command)
-    wait_until(lambda: results.exists() and len(list(runs.glob("*/last.pt"))) > 2, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    before = study.read_results(results)
-    printed = start(*command).communicate(timeout=900)[0]
-    after = study.read_results(results)
-    assert after[: len(before)] == before and 0 < len(before) < len(after) == 6, printed
-    assert {(run["name"], run["seed"]) for run in after} == {(n, seed) for n in ("no-cues", "ratio=0.1") for seed in range(3)}
-    assert [line["step"] for line in log_of(runs / "no-cues-2") if "lr" in line] == list(range(1, 31))
-    assert re.findall(r"^\| \w+ \| `([\w.=-]+)` \| 3 \|", printed, re.MULTILINE) == ["no-cues", "ratio=0.1"]
 
 
 def test_the_table_of_a_study_is_right():
