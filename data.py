@@ -86,7 +86,6 @@ DATASETS = {  # name -> its refs file under --data, beside instances.json, and s
 
 
 # Reading: pickles, masks, images
-
 codecs.register_error("as latin-1", lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end))
 
 
@@ -217,10 +216,7 @@ def tokenize(tokenizer: BertTokenizer, expressions: list[str], max_tokens: int) 
 
 
 def locate(name: str, data: Path) -> Path:
-    """The refs file of a dataset; draws the shapes if they are not there.
-
-    name: a key of DATASETS, a folder, or the refs file itself where a folder holds several.
-    """
+    """The refs file of a dataset in DATASETS, of a folder, or itself. Draws the shapes if they are not there."""
     if name in DATASETS:
         refs = data / DATASETS[name][0]
         if name == "shapes" and not refs.parent.exists():
@@ -252,12 +248,8 @@ class ReferredObject(NamedTuple):
 def read_dataset(name: str, data: str, image_folder: str | None = None) -> tuple[dict[str, list[ReferredObject]], Path]:
     """The objects of each split, an image's side by side, and the folder of the images.
 
-    Ids and image sizes may be missing from files of one's own; they are filled in.
-
-    Args:
-        name: see `locate`.
-        data: the folder of the datasets that have a name.
-        image_folder: where the images are, if not where `locate` looks.
+    Ids and image sizes may be missing from files of one's own; they are filled in. name: see `locate`; data: the folder
+    of the datasets that have a name; image_folder: where the images are, if not beside the refs or where COCO's are.
     """
     refs_file = locate(name, Path(data))
     instances_file = refs_file.with_name("instances.json")
@@ -275,11 +267,11 @@ def read_dataset(name: str, data: str, image_folder: str | None = None) -> tuple
         refs = sorted(enumerate(refs), key=lambda pair: place.get(pair[1]["image_id"], -1))  # an image's side by side
     coco = [Path(data) / "images/train2014", Path(data) / "images/mscoco/images/train2014"]
     folders = [*sorted((refs_file.parent / "images").glob("**/")), *coco]  # below images/, as RRSIS-D has it
-    folders = [Path(image_folder)] if image_folder else [folder for folder in folders if folder.is_dir()]
-    if not folders:
-        raise InputError(f"there is no folder of images for {name}: say where they are with --image-folder DIR")
+    folders = [Path(image_folder)] if image_folder else folders
     sample = [str(image["file_name"]) for image in instances["images"][:20]]
     folder = max(folders, key=lambda folder: sum((folder / file).is_file() for file in sample))
+    if not folder.is_dir():
+        raise InputError(f"there is no folder of images for {name}: say where they are with --image-folder DIR")
 
     objects, sentence_count = {}, 0
     for number, ref in refs:
@@ -312,15 +304,14 @@ def read_dataset(name: str, data: str, image_folder: str | None = None) -> tuple
 
 
 class RefDataset(torch.utils.data.Dataset):
-    """One split of a REFER-format dataset. Raises InputError if something is not in order.
+    """One split of a dataset in REFER's format; name, data and image_folder: see `read_dataset`.
 
     Training: item (epoch, i) is object i with one of its sentences (ours: one an epoch), drawn at random. The
     seed of the draw is (seed, epoch, i), so workers and ranks don't change it. Evaluation: item i is sentence i.
 
     Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
     int64 [T] (T: tokens of the split's longest sentence), "index" the number of the sentence in `expressions`.
-
-    name, data and image_folder: see `read_dataset`. Without a tokenizer, items have no tokens.
+    Without a tokenizer, items have no tokens.
     """
 
     def __init__(

@@ -120,12 +120,12 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
 
 
 class Segmenter:
-    """A model for images and expressions as people have them, from a file or a run's folder."""
+    """A trained model for images and expressions as people have them; see `load`."""
 
     def __init__(self, source: str | Path, device: str | None = None, precision: str = "fp32"):
         self.model, self.tokenizer = load_model(source)
-        self.model.to(pick_device(device))
-        self.precision = precision
+        self.device, self.precision = pick_device(device), precision
+        self.model.to(self.device)
 
     def __call__(self, image: Image.Image | str | Path, expression: str) -> np.ndarray:
         """The image's pixels that the expression names: bool [height, width] at the image's own size."""
@@ -140,14 +140,13 @@ class Segmenter:
         expressions = [expression.encode(errors="replace").decode() for expression in expressions]
         batch = tokenize(self.tokenizer, expressions, self.model.config.max_tokens)
         batch["image"] = to_input(image, self.model.config.image_size).expand(len(expressions), -1, -1, -1)
-        device = self.model.mean.device
-        with autocast(device, self.precision):
-            logits = self.model(**{name: values.to(device) for name, values in batch.items()})["logits"]
+        with autocast(self.device, self.precision):
+            logits = self.model(**{name: values.to(self.device) for name, values in batch.items()})["logits"]
         return F.interpolate(logits[:, None], (image.height, image.width), mode="bilinear")[:, 0].cpu().numpy()
 
 
 def load(source: str | Path, device: str | None = None) -> Segmenter:
-    """segment = load("runs/NAME"); mask = segment(image, expression)"""
+    """segment = load("runs/NAME"); mask = segment("photo.jpg", "the dog")"""
     return Segmenter(source, device)
 
 
@@ -261,12 +260,11 @@ def evaluate(
 
 
 def score_splits(model: VEGA, tokenizer: BertTokenizer, options, device: torch.device, folder: Path) -> dict:
-    """Evaluate the splits; print a table, with the paper's scores, where it has some, under a base model's own.
+    """Split -> scores. Prints them as a table, with the paper's, where it has some, under a base model's own.
 
     options: the settings of the training and the flags of this script, as attributes. folder: for the pictures.
-    Returns split -> scores, see `Metrics.compute`.
     """
-    config, scores, lines = model.config, {}, []
+    scores, lines, config = {}, [], model.config
     for split in options.split:
         dataset = RefDataset(
             options.dataset, split, options.data, options.image_folder, tokenizer, config.max_tokens, config.image_size
@@ -315,8 +313,7 @@ def draw_pictures(
     words-NAME.png        the sample in the middle: the pixels that each token selected (as in Figure 3), and its
                           features in the plane (Figure 5)
     expressions-NAME.png  the image in the middle under each expression of all its objects (Figures 7 and 9: of one)
-    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4). Not
-                          written if no token selects; without top-k the rows are the same
+    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4)
     """
 
     def draw_sample(index: int) -> tuple[str, list]:
@@ -355,7 +352,7 @@ def draw_pictures(
 
 
 def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Image:
-    """A sample's features in the plane of their first two principal components (ours; Figure 5 has a t-SNE).
+    """A sample's features in the plane of their first two principal components. Ours; Figure 5 has a t-SNE.
 
     Orange: pixels of the target; blue: others; green: wrongly predicted; purple: linguistic tokens; red: the rest of G,
     the visual expression. output: VEGA's, of one sample; target: bool [H, W].
@@ -402,8 +399,7 @@ class Options:
 
     checkpoint: str = flag(None, "a model's file, or a run's folder; default: the newest run", metavar="MODEL")
     split: list = flag(("val",), "one or more splits", nargs="+", type=str)
-    resolution: str = flag("input", "compare masks at the model's input size (LAVT) or at the image's own",
-                           choices=("input", "original"))  # fmt: skip
+    resolution: str = flag("input", "compare masks at the model's or at the image's size", choices=("input", "original"))
     json: str = flag(None, "write the scores of each split to this file, too", metavar="FILE")
     per_sample: str = flag(None, "write a JSON line for each sample: ids, expression, IoU, its counts", metavar="FILE")
     pictures: int = flag(0, "draw N samples of each split, what each word selects, and more", metavar="N")

@@ -26,7 +26,7 @@ from transformers import BertTokenizer
 
 from data import DATASETS, InputError, RefDataset, command_line, input_errors, make_tokenizer, read_dataset
 from evaluate import (
-    RANK, WORLD, autocast, evaluate, gather, load_batches, parse_flags, resolve_precision, score_splits,
+    RANK, WORLD, Options, autocast, evaluate, gather, load_batches, parse_flags, resolve_precision, score_splits,
     start_processes,
 )  # fmt: skip
 from model import (
@@ -82,9 +82,7 @@ PRESETS = {
         max_norm=1.0, workers=0,
     ),
 }  # fmt: skip
-CHANGEABLE = (  # by --resume
-    "epochs max_steps device workers data image_folder log_every validate_every checkpoint_every out resume".split()
-)
+CHANGEABLE = "epochs max_steps device workers data image_folder log_every validate_every checkpoint_every".split()
 
 
 @command_line
@@ -193,13 +191,12 @@ def main(argv: list[str] | None = None) -> dict:
             gather()
 
     # the best model's scores on every split but the training one, and pictures of them
-    splits, _ = read_dataset(settings.dataset, settings.data, settings.image_folder)
-    options = SimpleNamespace(
-        **vars(settings), split=["val", *(split for split in splits if split not in ("train", "val"))], pictures=8,
-        resolution="input", shuffle_expressions=False, json=out / "metrics.json", per_sample=None,
-    )  # fmt: skip
     del model, parallel, optimizer
     model, tokenizer = load_model(out)
+    splits, _ = read_dataset(settings.dataset, settings.data, settings.image_folder)
+    tests = sorted(splits.keys() - {"train", "val"})
+    options = Options(split=["val", *tests], pictures=8, json=out / "metrics.json")
+    options = SimpleNamespace(**{**vars(options), **vars(settings)})
     return score_splits(model.to(device), tokenizer, options, device, out)
 
 
@@ -217,11 +214,12 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
     epilog = "\n".join(["ablations: name, the paper's table, its oIoU on RefCOCO val, its row:", *rows])
     typed = parse_flags(argv, Settings, __doc__, PRESETS["tiny"], epilog)
     out = Path(typed["out"]) if "out" in typed else None
-    if "resume" in typed:
+    if typed.pop("resume", False):
         last = out / "last.pt" if out else newest("last.pt")
         if last.exists():
             before = json.loads(last.with_name("settings.json").read_text())
-            others = [name for name in typed if typed[name] != before.get(name) and name not in CHANGEABLE]
+            typed["out"] = before["out"]  # the same folder, perhaps by another name
+            others = [name for name in typed if name not in CHANGEABLE and typed[name] != before.get(name)]
             if others:
                 values = ", ".join(f"{name} {before.get(name)}, not {typed[name]}" for name in others)
                 raise InputError(f"the run in {last.parent} has {values}: leave such flags out to go on with it")
@@ -289,17 +287,17 @@ def make_optimizer(model: VEGA, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, settings.lr, betas=(0.9, settings.beta2), fused=True)
 
 
-def training_batches(objects: int, batch_size: int, done: int, total: int, seed: int, part: int = 0, parts: int = 1):
-    """Yield each batch after step `done`, as a list of (epoch, object): of `parts` equal shares that of number `part`.
+def training_batches(objects: int, batch_size: int, done: int, total: int, seed: int, rank: int = 0, world: int = 1):
+    """Yield each batch after step `done`, as a list of (epoch, object): the share of one of `world` processes.
 
     The order of each epoch is drawn from (seed, epoch). Ours: what does not fill a last batch is left out.
     """
-    size = batch_size // parts
+    size = batch_size // world
     for step in range(done, total):
         epoch, batch = divmod(step, objects // batch_size)
         if batch == 0 or step == done:
             order = np.random.default_rng((seed, epoch)).permutation(objects)
-        first = batch * batch_size + part * size
+        first = batch * batch_size + rank * size
         yield [(epoch, int(number)) for number in order[first : first + size]]
 
 
@@ -331,12 +329,11 @@ def save_last(path: Path, model: VEGA, optimizer, tokenizer: BertTokenizer, step
 
 def write_log(out: Path, line: dict) -> None:
     """Append a line. After a kill and --resume some steps stand twice: of two lines of one step the later counts."""
-    if RANK:
-        return
-    with input_errors(f"can't write {out / 'log.jsonl'}; make room, then --resume"):
-        out.mkdir(parents=True, exist_ok=True)  # not before: a run that never began leaves nothing
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
+    if RANK == 0:
+        with input_errors(f"can't write {out / 'log.jsonl'}; make room, then --resume"):
+            out.mkdir(parents=True, exist_ok=True)  # not before: a run that never began leaves nothing
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":
