@@ -52,7 +52,6 @@ TABLE_5 = {  # the paper's scores, in the order of COLUMNS
 
 
 # Processes and devices
-
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
 
 
@@ -151,7 +150,7 @@ def load(source: str | Path, device: str | None = None) -> Segmenter:
 
 
 def segment_images(segment: Segmenter, given: list[str], expressions: list[str], folder: Path) -> None:
-    """Write each expression's mask and overlay, and a picture of all. given: images, or folders of images."""
+    """Write each expression's mask and overlay, and a picture of all. given: images, or folders of them."""
     images, broken = [], []
     for path in map(Path, given):
         inside = sorted(one for one in path.glob("[!.]*") if one.suffix.lower() in Image.registered_extensions())
@@ -276,8 +275,8 @@ def score_splits(model: VEGA, tokenizer: BertTokenizer, options, device: torch.d
         for sample in metrics.samples:
             lines.append(json.dumps({"split": split, **dataset.ids(sample["index"]), **sample}))
         if options.pictures and RANK == 0:
-            label = split + "-shuffled" * options.shuffle_expressions
-            draw_pictures(model, tokenizer, dataset, metrics, device, folder, label, options.pictures)
+            name = split + "-shuffled" * options.shuffle_expressions
+            draw_pictures(model, tokenizer, dataset, metrics, folder, name, options.pictures)
     if RANK:
         return scores
     print(f"{'Dataset':<16}{'split':<8}" + "".join(f"{column:>8}" for column in COLUMNS))
@@ -303,9 +302,8 @@ def score_splits(model: VEGA, tokenizer: BertTokenizer, options, device: torch.d
 
 @torch.no_grad()
 def draw_pictures(
-    model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, metrics: Metrics, device: torch.device, folder: Path,
-    name: str, count: int,
-) -> None:  # fmt: skip
+    model: VEGA, tokenizer: BertTokenizer, dataset: RefDataset, metrics: Metrics, folder: Path, name: str, count: int
+) -> None:
     """Write up to four pictures; no sample is chosen by hand. metrics: of the whole split.
 
     pictures-NAME.png     `count` samples at even distances: image, ground truth, prediction, how similar each pixel is
@@ -318,7 +316,7 @@ def draw_pictures(
 
     def draw_sample(index: int) -> tuple[str, list]:
         """A sample's title and tiles: those of pictures-NAME.png, one for each token after [CLS], the plane."""
-        (item,), image = load_batches(dataset, [[index]], 0, device), dataset.image(index)
+        (item,), image = load_batches(dataset, [[index]], 0, model.mean.device), dataset.image(index)
         output = model(item["image"], item["input_ids"], item["attention_mask"])
         truth = overlay(image, item["mask"][0].cpu(), GREEN)
         prediction = overlay(image, (output["logits"][0] > 0).cpu(), RED)
@@ -399,7 +397,8 @@ class Options:
 
     checkpoint: str = flag(None, "a model's file, or a run's folder; default: the newest run", metavar="MODEL")
     split: list = flag(("val",), "one or more splits", nargs="+", type=str)
-    resolution: str = flag("input", "compare masks at the model's or at the image's size", choices=("input", "original"))
+    resolution: str = flag("input", "the size to compare masks at: the model's input's (LAVT), or the image's own",
+                           choices=("input", "original"))  # fmt: skip
     json: str = flag(None, "write the scores of each split to this file, too", metavar="FILE")
     per_sample: str = flag(None, "write a JSON line for each sample: ids, expression, IoU, its counts", metavar="FILE")
     pictures: int = flag(0, "draw N samples of each split, what each word selects, and more", metavar="N")
