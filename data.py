@@ -7,6 +7,10 @@ data/refcocog/{instances.json, refs(umd).p, refs(google).p}
 data/images/train2014/COCO_train2014_*.jpg      (or images/mscoco/images/train2014, as REFER keeps them)
 data/shapes/{instances.json, refs(shapes).p, images/}      written here the first time it is needed
 FOLDER/{instances.json, refs.json or refs*.p, images/}     any other dataset: --dataset FOLDER
+
+instances.json: {"images": [{"file_name", "id"?, "height"?, "width"?}], "annotations"?: [{"id", "segmentation"}]}
+refs: [{"image_id", "split", "sentences": ["text"] or [{"raw": "text"}], "segmentation" or "ann_id"}]
+"?": may be missing. An image without an id has its file_name for it.
 """
 
 import argparse
@@ -34,7 +38,7 @@ from transformers import BertTokenizer
 
 
 class InputError(ValueError):
-    """A wrong input. The message tells the person who gave it what is wrong, where, and what to do."""
+    """An error to tell without a traceback. The message says what is wrong, where, and what to do."""
 
 
 @contextlib.contextmanager
@@ -189,7 +193,7 @@ def open_image(path: str | Path, upright: bool = True) -> Image.Image:
 
 
 def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
-    """An RGB image of any size -> uint8 [3, image_size, image_size]. Ours: squeezed to a square, never flipped."""
+    """An RGB image of any size -> uint8 [3, image_size, image_size]. LAVT: squeezed to a square, never flipped."""
     pixels = np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
@@ -289,6 +293,7 @@ def read_dataset(name: str, data: str, image_folder: str | None = None) -> tuple
             if not re.fullmatch(r"\w[\w.+-]{0,50}", ref["split"]):
                 raise ValueError(f"its split must be a short name such as 'val', not {ref['split']!r}")
             sentences = ref["sentences"] if isinstance(ref["sentences"], (list, tuple)) else []
+            # "raw" is as typed; REFER's "sent" is cleaned (LAVT: raw)
             sentences = [one if isinstance(one, dict) else {"raw": one} for one in sentences]
             if not sentences or not all(isinstance(one["raw"], str) for one in sentences):  # blank ones are kept
                 raise ValueError("its sentences must be a list of one or more texts")
@@ -306,7 +311,7 @@ def read_dataset(name: str, data: str, image_folder: str | None = None) -> tuple
 class RefDataset(torch.utils.data.Dataset):
     """One split of a dataset in REFER's format; name, data and image_folder: see `read_dataset`.
 
-    Training: item (epoch, i) is object i with one of its sentences (ours: one an epoch), drawn at random. The
+    Training: item (epoch, i) is object i with one of its sentences (LAVT: one an epoch), drawn at random. The
     seed of the draw is (seed, epoch, i), so workers and ranks don't change it. Evaluation: item i is sentence i.
 
     Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"

@@ -1,9 +1,11 @@
-"""Scores, pictures, and masks for one's own images.
+"""Score and draw a trained model on a dataset, or segment one's own images with it.
 
-    python evaluate.py --split val testA testB           the newest run, as the paper's Table 5
-    python evaluate.py --split val --shuffle-expressions does the model listen to the words?
+    python evaluate.py --split val testA testB --pictures 8     the newest run: the columns of Table 5, and pictures
+    python evaluate.py --split val --shuffle-expressions        does the model listen to the words?
     python evaluate.py --image photo.jpg --expression "the man on the left" "the dog"
+    python evaluate.py --checkpoint runs/NAME --push me/vega-refcoco
 
+In Python: segment = evaluate.load("runs/NAME"); mask = segment("photo.jpg", "the dog")  # bool [height, width]
 Under torchrun the batches are dealt to the ranks, and no sample is counted twice or dropped.
 """
 
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import CommitOperationAdd, create_commit, create_repo
 from PIL import Image, ImageDraw
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
@@ -32,12 +35,12 @@ from data import (
     DATASETS, GREEN, RED, WHITE, InputError, RefDataset, command_line, input_errors, open_image, overlay, save_grid,
     to_input, to_rgb, tokenize,
 )  # fmt: skip
-from model import VEGA, VEGAConfig, flag, load_model, model_file, read_about
+from model import DEMO, VEGA, VEGAConfig, flag, load_model, model_file, read_about
 from selection import RATIOS, VARIANTS
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = (*(f"P@{t}" for t in THRESHOLDS), "mIoU", "oIoU")
-BATCH_SIZE = 16  # of evaluation; fixed, since another batch may round another way
+BATCH_SIZE = 16  # of evaluation; fixed, so that scores do not vary with it through rounding
 TABLE_5 = {  # the paper's scores, in the order of COLUMNS
     ("refcoco", "val"): (86.70, 83.69, 78.28, 67.11, 37.24, 76.27, 75.35),
     ("refcoco", "testA"): (89.00, 86.58, 82.09, 70.48, 37.05, 78.02, 77.97),
@@ -96,7 +99,7 @@ def resolve_precision(precision: str | None, device: torch.device) -> str:
 
 
 def gather(value=None) -> list:
-    """The value of each process, by rank. All must call it, and none returns before all have called."""
+    """The value of each process, by rank. All must call it, and none returns before: a barrier, too."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -119,7 +122,7 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
 
 
 class Segmenter:
-    """A trained model for images and expressions as people have them; see `load`."""
+    """What `load` returns."""
 
     def __init__(self, source: str | Path, device: str | None = None, precision: str = "fp32"):
         self.model, self.tokenizer = load_model(source)
@@ -145,7 +148,7 @@ class Segmenter:
 
 
 def load(source: str | Path, device: str | None = None) -> Segmenter:
-    """segment = load("runs/NAME"); mask = segment("photo.jpg", "the dog")"""
+    """A trained model from a file, a run's folder or the Hub, to call: mask = segment(image, expression)."""
     return Segmenter(source, device)
 
 
@@ -168,7 +171,7 @@ def segment_images(segment: Segmenter, given: list[str], expressions: list[str],
             broken.append(str(error))
             continue
         masks = segment.logits(image, expressions) > 0
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         tiles = [("", image)]
         for number, (expression, mask) in enumerate(zip(expressions, masks), 1):
             slug = re.sub(r"\W+", "-", expression.lower()).strip("-")[:40]
@@ -195,13 +198,14 @@ class Metrics:
         """Count sample number `index`, whose masks are bool [H, W] both."""
         intersection = (prediction & target).sum().item()
         union = (prediction | target).sum().item()
-        iou = intersection / union if union else 0.0  # ours: 0, as in LAVT's test script
+        iou = intersection / union if union else 0.0  # LAVT: 0
         self.samples.append({"index": index, "iou": iou, "intersection": intersection, "union": union})
 
     def compute(self) -> dict:
         """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, and "samples", their number."""
         ious = [sample["iou"] for sample in self.samples]
-        scores = {f"P@{t}": 100 * sum(iou >= t for iou in ious) / len(ious) for t in THRESHOLDS}  # ours: >=, not >
+        # LAVT: >=; the paper says "higher than the threshold"
+        scores = {f"P@{t}": 100 * sum(iou >= t for iou in ious) / len(ious) for t in THRESHOLDS}
         intersection, union = (sum(sample[name] for sample in self.samples) for name in ("intersection", "union"))
         scores["mIoU"] = 100 * math.fsum(ious) / len(ious)
         scores["oIoU"] = 100 * intersection / union if union else 0.0
@@ -237,7 +241,7 @@ def evaluate(
     model: VEGA, dataset: RefDataset, device: torch.device, precision: str = "fp32", workers: int = 0,
     resolution: str = "input",
 ) -> Metrics:  # fmt: skip
-    """Count every sentence of every object once, in the same batches for any number of processes.
+    """Score every sentence of every object once, in the same batches for any number of processes.
 
     resolution: "input" compares at the model's input size with the mask resized to it by nearest neighbour (LAVT);
     "original" at the size that instances.json gives the image, with the logits resized to it.
@@ -259,11 +263,13 @@ def evaluate(
 
 
 def score_splits(model: VEGA, tokenizer: BertTokenizer, options, device: torch.device, folder: Path) -> dict:
-    """Split -> scores. Prints them as a table, with the paper's, where it has some, under a base model's own.
+    """Split -> scores. Prints a table; for a base model the paper's scores and the difference follow each row, where
+    the paper has that split, variant and ratio.
 
     options: the settings of the training and the flags of this script, as attributes. folder: for the pictures.
     """
     scores, lines, config = {}, [], model.config
+    folder.mkdir(parents=True, exist_ok=True)
     for split in options.split:
         dataset = RefDataset(
             options.dataset, split, options.data, options.image_folder, tokenizer, config.max_tokens, config.image_size
@@ -308,14 +314,14 @@ def draw_pictures(
 
     pictures-NAME.png     `count` samples at even distances: image, ground truth, prediction, how similar each pixel is
                           to [CLS] (bright: most), the pixels that [CLS] selected
-    words-NAME.png        the sample in the middle: the pixels that each token selected (as in Figure 3), and its
-                          features in the plane (Figure 5)
+    words-NAME.png        the sample in the middle: the pixels that each token selected (as in Figure 3), and a PCA of
+                          its pixels' and tokens' features (Figure 5: t-SNE)
     expressions-NAME.png  the image in the middle under each expression of all its objects (Figures 7 and 9: of one)
     ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4)
     """
 
     def draw_sample(index: int) -> tuple[str, list]:
-        """A sample's title and tiles: those of pictures-NAME.png, one for each token after [CLS], the plane."""
+        """A sample's title and tiles: those of pictures-NAME.png, one for each token after [CLS], the PCA."""
         (item,), image = load_batches(dataset, [[index]], 0, model.mean.device), dataset.image(index)
         output = model(item["image"], item["input_ids"], item["attention_mask"])
         truth = overlay(image, item["mask"][0].cpu(), GREEN)
@@ -330,7 +336,7 @@ def draw_pictures(
             tokens = tokenizer.convert_ids_to_tokens(item["input_ids"][item["attention_mask"] == 1].tolist())
             tiles += [(f"selected by {token}", overlay(image, m, WHITE)) for token, m in zip(tokens, M)]
         if output["F_v"] is not None:
-            tiles.append(("features in the plane", feature_map(output, item["mask"][0])))
+            tiles.append(("PCA of the features", feature_map(output, item["mask"][0])))
         return f"{dataset.expressions[index]}   (IoU {100 * metrics.samples[index]['iou']:.0f})", tiles
 
     spread = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist()
@@ -350,7 +356,7 @@ def draw_pictures(
 
 
 def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Image:
-    """A sample's features in the plane of their first two principal components. Ours; Figure 5 has a t-SNE.
+    """A sample's features along their first two principal components. Ours; Figure 5 has a t-SNE.
 
     Orange: pixels of the target; blue: others; green: wrongly predicted; purple: linguistic tokens; red: the rest of G,
     the visual expression. output: VEGA's, of one sample; target: bool [H, W].
@@ -374,6 +380,65 @@ def feature_map(output: dict, target: torch.Tensor, side: int = 480) -> Image.Im
     return shown
 
 
+# Publishing
+
+
+def push(name: str, file: Path) -> None:
+    """Upload a model to the Hugging Face Hub as NAME/NAME: its file, its config, and a card made of what it says."""
+    about = read_about(file)
+    with input_errors(f"{name} was not uploaded to the Hugging Face Hub"):
+        content = {"README.md": model_card(name, about).encode(), "config.json": json.dumps(about["config"]).encode()}
+        operations = [CommitOperationAdd(path, data) for path, data in {**content, "model.safetensors": file}.items()]
+        create_repo(name, exist_ok=True)
+        print(f"uploaded: {create_commit(name, operations, commit_message='A model of VEGA').commit_url}")
+
+
+def model_card(name: str, about: dict) -> str:
+    settings, config = about["settings"], VEGAConfig(**about["config"])
+    lines = [f"| split | {' | '.join(COLUMNS)} | sentences |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    for split, scores in about["scores"].items():
+        cells = [f"{scores[column]:.2f}" for column in COLUMNS]
+        lines.append(f"| {split} | {' | '.join(cells)} | {scores['samples']} |")
+        if paper := paper_scores(config, settings["dataset"], split) if settings["model"] == "base" else None:
+            cells = [f"{paper[column]:.2f}" if column in paper else "" for column in COLUMNS]
+            lines.append(f"| the paper's {split} | {' | '.join(cells)} | |")
+    here = ("data", "image_folder", "device", "workers", "out", "resume", "init")  # of the machine, not of the model
+    settings = json.dumps({key: value for key, value in settings.items() if key not in here}, indent=1)
+    return CARD.format(name=name, dataset=about["settings"]["dataset"], scores="\n".join(lines), settings=settings)
+
+
+CARD = """---
+license: mit
+pipeline_tag: image-segmentation
+tags: [vega, referring-expression-segmentation]
+---
+# {name}
+
+Given an image and an expression, this model segments the object that the expression names. It was trained on
+`{dataset}` with an open implementation of VEGA (Visual Expression Guidance for Referring Expression Segmentation).
+The authors of the paper had no part in it.
+
+```python
+import evaluate  # of the implementation, in its folder
+segment = evaluate.load("{name}")
+mask = segment("photo.jpg", "the dog")  # bool [height, width]
+```
+
+Scores in per cent, as the training run measured them, once, at the model's input size: every sentence of every object.
+
+{scores}
+
+Not checked: other data than this, other languages than that of its sentences, fairness, and any use that matters to
+people. The code has the MIT licence; the data, and pretrained weights if there were any, have terms of their own.
+
+Settings:
+
+```json
+{settings}
+```
+"""
+
+
 # The command
 
 
@@ -393,9 +458,9 @@ def parse_flags(argv: list[str] | None, fields_of: type, description: str, tiny:
 
 @dataclass
 class Options:
-    """The flags. None: as in the training of the model."""
+    """The flags. --dataset, --data, --image-folder and --precision are by default as in the model's training."""
 
-    checkpoint: str = flag(None, "a model's file, or a run's folder; default: the newest run", metavar="MODEL")
+    checkpoint: str = flag(None, "file, run's folder or name on the Hub; default: the newest run", metavar="MODEL")
     split: list = flag(("val",), "one or more splits", nargs="+", type=str)
     resolution: str = flag("input", "the size to compare masks at: the model's input's (LAVT), or the image's own",
                            choices=("input", "original"))  # fmt: skip
@@ -403,6 +468,7 @@ class Options:
     per_sample: str = flag(None, "write a JSON line for each sample: ids, expression, IoU, its counts", metavar="FILE")
     pictures: int = flag(0, "draw N samples of each split, what each word selects, and more", metavar="N")
     shuffle_expressions: bool = flag(False, "give each sample the expression of another image")
+    push: str = flag(None, "upload the model, with a card, to the Hugging Face Hub under this name", metavar="ME/NAME")
     image: list = flag(None, "segment these images, or a folder's, instead of a dataset", nargs="+", type=str)
     expression: list = flag(None, "what to segment in them, one or more", nargs="+", type=str)
     dataset: str = flag(None, f"{', '.join(DATASETS)}, or a folder", metavar="NAME")
@@ -422,18 +488,25 @@ def main(argv: list[str] | None = None) -> dict | None:
         if not Path(file).parent.is_dir():
             raise InputError(f"there is no folder {Path(file).parent} to write {file} to")
     file = model_file(options.checkpoint)
+    if file == DEMO:
+        print("there is no run here yet: this is the demo's model, assets/demo.safetensors")
+    if options.push:
+        return push(options.push, file)
+    # the pictures of a model that lies in no run's folder go to runs/, too
+    in_run = (file.parent / "settings.json").exists()
+    folder = file.parent if in_run else Path("runs") / Path(options.checkpoint or file).stem
     if options.image:
         segment = Segmenter(file, options.device, options.precision or "fp32")
-        return segment_images(segment, options.image, options.expression, file.parent / "masks")
+        return segment_images(segment, options.image, options.expression, folder / "masks")
     device = start_processes(options.device)
     model, tokenizer = load_model(file)
     about = read_about(file)
-    if options.dataset:
+    if options.dataset not in (None, about["settings"]["dataset"]):
         about["settings"]["image_folder"] = None  # it was another dataset's
     options = SimpleNamespace(**{**vars(options), **about["settings"], **typed})
     options.precision = resolve_precision(options.precision, device)
     print(f"{file}, step {about['step']}" + ", expressions shuffled" * options.shuffle_expressions)
-    return score_splits(model.to(device), tokenizer, options, device, file.parent)
+    return score_splits(model.to(device), tokenizer, options, device, folder)
 
 
 if __name__ == "__main__":

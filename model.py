@@ -12,6 +12,7 @@ Pixels are [B, N, C] as tokens and [B, H, W, C] as maps; [B, C, H, W] is for ima
 import contextlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Iterator
@@ -21,6 +22,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, checkpoint_filter_fn
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -44,23 +46,23 @@ def flag(default, help: str, valid=lambda value: True, **options):
 class VEGAConfig:
     """Everything that decides the model's shape and its loss; a model's file carries it. Defaults: the paper's model.
 
-    The help says "ours" of what is not in the paper. Raises InputError if a value is out of range or fits no other.
+    "ours" and "LAVT": see selection.py. Raises InputError if a value is out of range, or if values don't fit together.
     """
 
     image_size: int = flag(480, "pixels a side; the image is squeezed to this square")
     embed_dim: int = flag(128, "Swin-B: channels at stage 1; they double at every stage")
     depths: tuple = flag((2, 2, 18, 2), "Swin-B: blocks of each stage", type=int, nargs="+")
-    num_heads: tuple = flag((4, 8, 16, 32), "Swin-B: attention heads of each stage", type=int, nargs="+")
-    window_size: int = flag(12, "ours: of the Swin-B pretrained at 384 x 384")
-    drop_path: float = flag(0.3, "LAVT: stochastic depth of the last Swin block, from 0 to 1", lambda p: 0 <= p < 1)
+    swin_heads: tuple = flag((4, 8, 16, 32), "Swin-B: attention heads of each stage", type=int, nargs="+")
+    window_size: int = flag(12, "LAVT: patches a side of a window; 12 as in the Swin-B pretrained at 384 x 384")
+    drop_path: float = flag(0.3, "LAVT: stochastic depth of the last Swin block, below 1", lambda p: 0 <= p < 1)
     coordinates: bool = flag(False, "ours: add the image's coordinates to the patch embedding")
     bert_config: dict = flag(None, "JSON: BERT's sizes where they differ from BERT-base's", type=json.loads)
     max_tokens: int = flag(MAX_TOKENS, "of an expression, with [CLS] and [SEP]; a longer one is cut", lambda n: n > 2)
-    variant: str = flag("vega", "an ablation, listed below", metavar="NAME", choices=VARIANTS)
-    ratio: float = flag(0.3, "of the pixels, the share that each token selects, up to 1", lambda r: 0 < r <= 1)
-    attention_heads: int = flag(8, "ours: of every AttentionLayer; early fusion has one head", lambda n: n > 0)
+    variant: str = flag("vega", "vega or an ablation, listed at the end of --help", metavar="NAME", choices=VARIANTS)
+    ratio: float = flag(0.3, "share of the pixels that each token selects, up to 1 (Table 6)", lambda r: 0 < r <= 1)
+    attention_heads: int = flag(8, "ours: of enhancement, VIS block and decoder; early fusion has one", lambda n: n > 0)
     decoder_width: int = flag(256, "ours: the decoder's channels, a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
-    dropout: float = flag(0.1, "ours: in BERT and the VIS block, not in the decoder, from 0 to 1", lambda p: 0 <= p < 1)
+    dropout: float = flag(0.1, "ours: in BERT, enhancement and VIS block; below 1", lambda p: 0 <= p < 1)
     contrastive: float = flag(0.5, "ours: weight of Eq. 5 beside the mask's cross-entropy", lambda w: w >= 0)
     dice: float = flag(0.0, "ours: weight of a Dice term", lambda w: w >= 0)
 
@@ -72,7 +74,7 @@ class VEGAConfig:
         if unknown := {*(self.bert_config or {})} - {*BERT_BASE}:
             raise InputError(f"BERT's config has no {', '.join(unknown)}; it has {', '.join(BERT_BASE)}")
         self.bert_config = {**BERT_BASE, **(self.bert_config or {})}
-        self.depths, self.num_heads = tuple(self.depths), tuple(self.num_heads)
+        self.depths, self.swin_heads = tuple(self.depths), tuple(self.swin_heads)
         if any(width % self.attention_heads for width in (self.bert_config["hidden_size"], self.decoder_width)):
             raise InputError(f"BERT's and the decoder's channels must be multiples of {self.attention_heads} heads")
         least = 4 * 2 ** len(self.depths)  # leaves 2 x 2 pixels at the last stage: InstanceNorm needs more than one
@@ -80,15 +82,17 @@ class VEGAConfig:
             raise InputError(f"--image-size is {self.image_size}, but must be a multiple of 4 and at least {least}")
 
 
-TINY = dict(  # ours, for the generated shapes: three stages turn 128 x 128 pixels into a map of 8 x 8 to select from
-    image_size=128, embed_dim=24, depths=(1, 2, 2), num_heads=(4, 4, 4), window_size=4, drop_path=0.0, coordinates=True,
-    attention_heads=2, decoder_width=32, dropout=0.0, contrastive=5.0, dice=1.0,
+# Ours, for the generated shapes: three stages turn 128 x 128 pixels into a map of 8 x 8 to select from. The loss is not
+# the paper's: with a Dice term and ten times the weight of Eq. 5, small targets are found sooner from random weights.
+TINY = dict(
+    image_size=128, embed_dim=24, depths=(1, 2, 2), swin_heads=(4, 4, 4), window_size=4, drop_path=0.0,
+    coordinates=True, attention_heads=2, decoder_width=32, dropout=0.0, contrastive=5.0, dice=1.0,
     bert_config=dict(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256),
 )  # fmt: skip
 
 
 class EarlyFusion(nn.Module):
-    """After each Swin stage (Sec. 3.1). Ours: LAVT's pixel-word attention (one head) and gated residual."""
+    """After each Swin stage (Sec. 3.1). LAVT: pixel-word attention with one head, and a gated residual."""
 
     def __init__(self, dim: int, language_dim: int, gated: bool = True):
         super().__init__()
@@ -117,7 +121,7 @@ class EarlyFusion(nn.Module):
 
 
 class PadThenShiftBlock(SwinTransformerBlock):
-    """timm's Swin block for maps whose sides are no multiple of the window. Ours, as in LAVT: pad first, then shift.
+    """timm's Swin block for maps whose sides are no multiple of the window. LAVT: pad first, then shift.
 
     timm shifts first and pads after, so that opposite edges of the image share a window, with no mask between
     them. Here timm gets a map of whole windows, so it pads nothing.
@@ -154,13 +158,13 @@ class VisionEncoder(nn.Module):
         self.swin = timm.create_model(
             "swin_base_patch4_window12_384",  # the sizes below take the place of Swin-B's
             num_classes=0, img_size=config.image_size, embed_dim=config.embed_dim, depths=config.depths,
-            num_heads=config.num_heads, window_size=config.window_size, drop_path_rate=config.drop_path,
+            num_heads=config.swin_heads, window_size=config.window_size, drop_path_rate=config.drop_path,
         )  # fmt: skip
         self.swin.norm = nn.Identity()  # ours: each stage has its own below
         for stage in self.swin.layers:
             for block in stage.blocks:
                 block.__class__ = PadThenShiftBlock  # the same weights; only _attn differs
-                block.attn.fused_attn = True  # ours: off in timm; the same output to 1e-5, no attention maps in memory
+                block.attn.fused_attn = True  # ours: torch's fused attention, off in timm: less memory
         start_from_scratch(self.swin)
         self.dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
         self.fusions = nn.ModuleList(
@@ -189,10 +193,10 @@ class VisionEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the last stage to the first: look at the guidance set, upsample, join the encoder's map (Sec. 3.3).
+    """From the last stage to the first: attend to the guidance set, upsample, concatenate the encoder's map (Sec. 3.3).
 
-    Ours: the width, the linear layers before each join, a convolution at each join, GroupNorm in groups of 8
-    channels (BatchNorm would make several processes differ from one).
+    Ours: the width; on each concatenation a linear layer (written as project_x plus project_skip), a 3 x 3 convolution
+    and GroupNorm in groups of 8 channels (BatchNorm would make several processes differ from one).
     """
 
     def __init__(self, vision_dims: list[int], guidance_dim: int, width: int, num_heads: int):
@@ -244,7 +248,7 @@ class VEGA(nn.Module):
         self.project_F_v = nn.Linear(self.vision.dims[-1], D) if variant.enhanced else None
         self.enhance = AttentionLayer(D, heads, dropout=dropout) if variant.enhanced else None
         self.vis = variant.block(D, heads, config.ratio, dropout)
-        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU)) if variant.contrastive else None
+        self.log_tau = nn.Parameter(torch.tensor(INITIAL_LOG_TAU)) if variant.eq5 else None
         if variant.shares_tau:
             self.vis.log_tau = self.log_tau
         self.decoder = Decoder(self.vision.dims, D, config.decoder_width, heads)
@@ -284,7 +288,7 @@ class VEGA(nn.Module):
     def loss(self, output: dict, mask: Tensor) -> dict:
         """output of `forward`, mask [B, H, W] 1 on the target -> "loss" and its terms "bce", "contrastive", "dice".
 
-        If you add a loss over tokens: output["selection"].mask_G[:, :T] is 0 at padding.
+        A loss of your own over tokens must leave out padding, where output["selection"].mask_G[:, :T] is 0.
         """
         logits, mask = output["logits"], mask.float()
         losses = {"bce": F.binary_cross_entropy_with_logits(logits, mask)}
@@ -300,7 +304,7 @@ class VEGA(nn.Module):
 
 # Pretrained weights
 
-# The paper: Swin-B pretrained on ImageNet-22K, and BERT-base uncased. Ours: Swin-B for 384 x 384, with windows of 12
+# The paper: Swin-B pretrained on ImageNet-22K, and BERT-base uncased. LAVT: Swin-B for 384 x 384, with windows of 12
 PRETRAINED_SWIN = "swin_base_patch4_window12_384.ms_in22k"  # in timm
 PRETRAINED_BERT = "google-bert/bert-base-uncased"  # in transformers
 
@@ -361,13 +365,12 @@ def load_weights(module: nn.Module, weights: dict, source: str) -> None:
 
 # Files
 
+DEMO = Path(__file__).parent / "assets" / "demo.safetensors"  # what `python train.py` leaves
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write the file that this yields: it is flushed and then takes the place of `path`, whole.
-
-    A kill or a full disk leaves the earlier file as it was.
-    """
+    """Write to the path that this yields: it replaces `path` at the end, and an error leaves `path` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
@@ -390,7 +393,7 @@ def save_model(path: Path, model: VEGA, tokenizer: BertTokenizer, **about) -> No
 
 
 def load_model(source: str | Path, **overrides) -> tuple[VEGA, BertTokenizer]:
-    """The model on the CPU, ready to evaluate, and its tokenizer. Reading the file runs nothing.
+    """The model on the CPU, ready to evaluate, and its tokenizer. No code in the file is run.
 
     source: see `model_file`. overrides: fields of VEGAConfig that take the place of the file's, such as ratio.
     Raises InputError if the file can't be read, is cut short or does not fit.
@@ -410,18 +413,22 @@ def read_about(source: str | Path) -> dict:
 
 
 def model_file(source: str | Path | None) -> Path:
-    """The file that a model's name means: itself, or the best model of a run's folder; None: of the newest run."""
-    path = Path(source or newest("best.safetensors"))
+    """The file that a model's name means: itself, the best model of a run's folder, or NAME/NAME on the Hugging Face
+    Hub (NAME/NAME@REVISION); None: of the newest run, or if there is none the demo's."""
+    path = Path(source or newest("best.safetensors") or DEMO)
     path = path / "best.safetensors" if path.is_dir() else path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)) and not path.parent.is_dir():
+        name, _, revision = str(source).partition("@")
+        with input_errors(f"there is no model {source}, neither here nor on the Hugging Face Hub"):
+            return Path(hf_hub_download(name, "model.safetensors", revision=revision or None))
     if not path.is_file():
-        raise InputError(f"there is no model {path}: give a run's folder, or a file such as runs/NAME/best.safetensors")
+        raise InputError(f"there is no model {path}: give a file, a run's folder, or a name on the Hugging Face Hub")
     return path
 
 
-def newest(file: str) -> Path:
-    """The newest runs/*/FILE."""
-    found = max(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, default=None)
-    return found or Path("runs/NAME") / file  # which does not exist
+def newest(file: str) -> Path | None:
+    """The newest runs/*/FILE, if there is one."""
+    return max(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def tokenizer_rules(tokenizer: BertTokenizer) -> dict:

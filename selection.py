@@ -2,15 +2,16 @@
 
     B  samples of a batch
     T  tokens of an expression: [CLS], its words (BERT may cut one into pieces), [SEP], padding; at most 21
-    N  pixels of F_v, the map of the last vision stage: 15 x 15 = 225 in the paper's model
+    N  pixels of F_v. Ours: the map of the last vision stage, 15 x 15 = 225 at the paper's input size
     D  channels, 768
-    K  pixels that each token selects, int(N * ratio) = 67
-    R  any other number of tokens
+    K  pixels that each token selects, int(N * ratio), so 67 of 225
+    R  any other number of tokens or pixels
 
 Each token selects the K pixels that are most similar to it and gathers them into one token of the *visual expression*.
 As in the paper, a "pixel" here is one of the N places of F_v, not a pixel of the image.
 
-In all files, "ours" marks a choice of this code where the paper is silent; "LAVT" or another name, whose choice it is.
+In all files, "ours" marks what this code chose itself: the paper is silent, or we differ from it or add to it. A name
+such as "LAVT" or "CLIP" marks a choice that was taken from that work. What has no mark is the paper's.
 """
 
 import math
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-MAX_TOKENS = 21  # of an expression, with [CLS] and [SEP]: longer ones are cut (the paper: "21 words including [CLS]")
+MAX_TOKENS = 21  # of an expression, with [CLS] and [SEP]; a longer one is cut. The paper: 21 words with [CLS]
 
 
 class Selection(NamedTuple):
@@ -33,9 +34,9 @@ class Selection(NamedTuple):
     M: Tensor | None  # [B, T, N] 1 at the K pixels that each token selects, else 0; None likewise
 
 
-def padding_bias(mask_l: Tensor) -> Tensor:
-    """mask_l [B, R], 1 for real tokens -> [B, 1, R] to add to attention scores: 0 for real tokens, -1e4 for padding."""
-    return (mask_l[:, None].float() - 1) * 1e4
+def padding_bias(mask: Tensor) -> Tensor:
+    """mask [B, R], 1 for real tokens -> [B, 1, R] to add to attention scores: 0 for real tokens, -1e4 for padding."""
+    return (mask[:, None].float() - 1) * 1e4
 
 
 class AttentionLayer(nn.Module):
@@ -71,11 +72,11 @@ class VISBlock(nn.Module):
 
     One step is written another way: the weighted sum is a matrix product, so that nothing is expanded to [B, T, N, D].
 
-    Two things look like mistakes in the paper. They are kept as printed:
+    Two things in the paper weaken E. They are kept as printed; `sum-once` and `sharp` change them:
 
     * S_norm sums to one over the K selected pixels, and E divides the sum by K once more (Eq. 4). So E, which is query
-      and residual of the cross-attention, is nearly zero. The visual tokens differ from each other almost only because
-      M_hat lets each attend to pixels of its own.
+      and residual of the cross-attention, is small beside what the attention adds: about 1/30 of it at the start. The
+      visual tokens differ from each other almost only because M_hat lets each attend to pixels of its own.
     * The cosine similarities in S lie in [-1, 1], and the softmax has no temperature. No selected pixel can weigh more
       than e^2 = 7.4 times another.
     """
@@ -93,15 +94,15 @@ class VISBlock(nn.Module):
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
         """Select pixels for each token, and make the guidance set of them.
 
-        Each token's choice of pixels gives S no gradient. The row of [CLS] gets one from Eq. 5, and the rows of all
-        real tokens get a weak one through S_norm. proj_v and proj_l learn through S alone.
+        No gradient flows through the choice of pixels. S learns in two ways: the row of [CLS] from Eq. 5, and the rows
+        of all real tokens, weakly, through S_norm. proj_v and proj_l learn through S alone.
 
         Args:
             F_v: [B, N, D] vision features.
             Q_l: [B, T, D] linguistic features. In Sec. 3 they come straight from the language encoder. In `vega` they
                 first attend to F_v ("enhanced", Table 2, last row).
-            mask_l: [B, T] 1 for real tokens, 0 for padding. [SEP] and padding select pixels like any word. Padding does
-                no harm: the self-attention and the decoder never look at it.
+            mask_l: [B, T] 1 for real tokens, 0 for padding. [SEP] and padding select pixels like any word, but nothing
+                looks at padding: it is masked as a key in BERT, early fusion, the self-attention and the decoder.
         """
         # ours: in fp32 also under autocast, since similarities rounded to bf16 can select other pixels
         with torch.autocast(F_v.device.type, enabled=False):
@@ -150,8 +151,8 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
     """Eq. 5, in fp32. Ours: s is enlarged to the mask's size; the loss is the mean over all pixels, Z+ and Z- together.
 
     Args:
-        s: [B, h, w] the row of [CLS] in S, as a map. The paper calls it the map "for the global visual token v_1":
-            v_1 is gathered from the pixels that rank highest in it.
+        s: [B, h, w] the row of [CLS] in S, as a map. Ours: so we read Sec. 4.3.5, "the similarity score map obtained by
+            the global context token". Sec. 3.2 says "for the global visual token v_1", whose pixels this row selects.
         target: [B, H, W] the ground-truth masks, 1 (or True) in Z+ and 0 in Z-.
         tau: temperature, positive.
     """
@@ -166,10 +167,12 @@ SELECTORS = {"all": slice(None), "words": slice(1, None), "[CLS]": slice(0, 1), 
 
 
 class Stepwise(nn.Module):
-    """Algorithm 1 again, one method per step. With no step overridden it returns what VISBlock does, bit for bit.
+    """Algorithm 1 cut into methods, so that an ablation can replace one. `vega` runs VISBlock, the one to read.
 
-    An ablation overrides a step, or `express` if the steps do not fit, and names the layers that it uses. To change
-    VEGA itself, change the step here and in VISBlock, so that each ablation differs from `vega` in one thing alone.
+    With no step overridden both return the same, bit for bit. Your own variant: a class that overrides a step, or
+    `express` if the steps do not fit, and names in `layers` what it uses (a parameter without a gradient stops
+    torchrun); then a row of VARIANTS, `"mine": Variant("ours", "what differs", None, None, Mine)`, and --variant mine.
+    To change VEGA itself, change the step here and in VISBlock, so that each ablation differs from it in one thing.
     """
 
     layers = ("proj_v", "proj_l", "cross_attention", "self_attention")
@@ -198,22 +201,22 @@ class Stepwise(nn.Module):
         Q_v = self.extract(E, F_v, M_hat)
         return self.relate(Q_v, mask_l[:, selecting]), mask_l[:, selecting], S, M
 
-    def compare(self, F_v: Tensor, tokens: Tensor) -> Tensor:  # -> S [B, R, N]
+    def compare(self, F_v: Tensor, tokens: Tensor) -> Tensor:  # Eq. 1 -> S [B, R, N]
         return F.normalize(self.proj_l(tokens), dim=-1) @ F.normalize(self.proj_v(F_v), dim=-1).mT
 
     def rank(self, S: Tensor) -> Tensor:  # -> rank_index [B, R, K]
         return S.topk(max(1, int(S.shape[-1] * self.ratio)), dim=-1).indices
 
-    def select(self, S: Tensor) -> Tensor:  # -> M [B, R, N], each 0 or 1
+    def select(self, S: Tensor) -> Tensor:  # Eq. 2 -> M [B, R, N]
         return torch.zeros_like(S).scatter(-1, self.rank(S), 1.0)
 
-    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:  # -> S_norm [B, R, N]
+    def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:  # Eq. 4 -> S_norm [B, R, N]
         return torch.softmax(S + M_hat, dim=-1)
 
-    def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:  # -> E [B, R, D]
+    def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:  # Eq. 4 -> E [B, R, D]
         return (M * S_norm) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)  # M.sum is K; see also SigmoidThreshold
 
-    def extract(self, E: Tensor, F_v: Tensor, M_hat: Tensor) -> Tensor:  # -> Q_v [B, R, D]
+    def extract(self, E: Tensor, F_v: Tensor, M_hat: Tensor) -> Tensor:  # Eq. 4 -> Q_v [B, R, D]
         return self.cross_attention(E, F_v, M_hat)
 
     def relate(self, Q_v: Tensor, mask: Tensor) -> Tensor:  # -> Q_v [B, R, D]
@@ -241,7 +244,7 @@ class AllPixels(Stepwise):
 class TopKPixels(Stepwise):
     """Table 3a, row 2: the K pixel tokens that [CLS] selects enter G as they are, [B, T + K, D].
 
-    Eq. 5 alone teaches the projections.
+    Only Eq. 5 trains the projections.
     """
 
     layers, selectors = ("proj_v", "proj_l"), "[CLS]"
@@ -277,7 +280,7 @@ class NoCues(Stepwise):
 class LocalOnly(Stepwise):
     """Table 3b, row 2: all tokens but [CLS] select, [SEP] too. [CLS]'s row is zero in S and in M. G is [B, 2T - 1, D].
 
-    Without Eq. 5, which needs [CLS], little teaches the words what to select.
+    Without Eq. 5, which needs [CLS], little trains what the words select.
     """
 
     selectors = "words"
@@ -290,8 +293,8 @@ class LocalOnly(Stepwise):
 class GlobalOnly(Stepwise):
     """Table 3b, row 3: [CLS] selects, the words do not: S and M have its row alone. G is [B, T + 1, D].
 
-    The table as printed ticks both cues in this row; Sec. 4.3.3 says that these are the scores of [CLS]
-    alone. Ours: no self-attention, since the one visual token has no other to look at.
+    The table as printed ticks both cues in this row. But Sec. 4.3.3 gives a drop of 0.42 oIoU without local
+    cues: 75.35 - 74.93, this row. Ours: no self-attention, since the one visual token has no other to look at.
     """
 
     layers, selectors = ("proj_v", "proj_l", "cross_attention"), "[CLS]"
@@ -312,9 +315,9 @@ class SigmoidThreshold(Stepwise):
 
 
 class NoSimilarityWeights(Stepwise):
-    """Table 4c, row 1: E is the plain mean of the selected pixels. Eq. 5 alone teaches the projections.
+    """Table 4c, row 1: E is the plain mean of the selected pixels. Only Eq. 5 trains the projections.
 
-    Its weights sum to one, VEGA's to 1 / K, so E is also K times as large; `sum-once` changes only that.
+    So this row changes two things, the weighting and a factor K in E. `sum-once` changes only the factor.
     """
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
@@ -371,28 +374,28 @@ class Variant(NamedTuple):
 
     table: str
     row: str
-    mIoU: float | None  # in per cent, on RefCOCO val (VEGA's oIoU is that of Table 1); VEGA's is 76.27 in Tables 4 to 6
+    mIoU: float | None  # the paper's, in per cent, on RefCOCO val. vega's is 76.28 in Tables 2 and 3, 76.27 in 4 to 6
     oIoU: float | None
     block: type[nn.Module] = VISBlock
-    # the tokens attend to F_v before they select and enter G (ours: in Tables 3 and 4 too); False: F_v is not computed
+    # the tokens attend to F_v first (Table 2, last row; ours: in all other rows too). False: there is no F_v at all
     enhanced: bool = True
-    contrastive: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
+    eq5: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
     shares_tau: bool = False  # the block has a log_tau, which is to be that of Eq. 5
 
 
 VARIANTS = {
     "vega": Variant("2", "enhanced linguistic expression + visual expression (Ours)", 76.28, 75.35),
     "linguistic": Variant("2", "linguistic expression", 75.16, 73.31, LinguisticGuidance,
-                          enhanced=False, contrastive=False),
+                          enhanced=False, eq5=False),
     "enhanced-linguistic": Variant("2", "enhanced linguistic expression", 76.06, 73.91, LinguisticGuidance,
-                                   contrastive=False),
-    "all-pixels": Variant("3a", "total visual pixel tokens", 76.02, 74.16, AllPixels, contrastive=False),
+                                   eq5=False),
+    "all-pixels": Variant("3a", "total visual pixel tokens", 76.02, 74.16, AllPixels, eq5=False),
     "topk-pixels": Variant("3a", "top-k visual pixel tokens", 76.04, 74.58, TopKPixels),
-    "no-cues": Variant("3b", "neither global nor local", 75.83, 73.84, NoCues, contrastive=False),
-    "local-only": Variant("3b", "local, not global", 76.10, 74.86, LocalOnly, contrastive=False),
+    "no-cues": Variant("3b", "neither global nor local", 75.83, 73.84, NoCues, eq5=False),
+    "local-only": Variant("3b", "local, not global", 76.10, 74.86, LocalOnly, eq5=False),
     "global-only": Variant("3b", "global, not local", 76.13, 74.93, GlobalOnly),
     "sigmoid-threshold": Variant("4a", "sigmoid (> 0.5)", 76.15, 74.81, SigmoidThreshold),
-    "no-contrastive": Variant("4b", "no contrastive loss", 76.24, 74.92, contrastive=False),
+    "no-contrastive": Variant("4b", "no contrastive loss", 76.24, 74.92, eq5=False),
     "no-similarity-weights": Variant("4c", "similarity scores not multiplied", 76.23, 75.05, NoSimilarityWeights),
     "no-normalisation": Variant("4d", "similarities as they are for weights", 76.18, 74.97, NoNormalisation),
     "unmasked-softmax": Variant("4d", "normalization without top-k mask", 76.22, 75.14, UnmaskedSoftmax),
@@ -401,7 +404,7 @@ VARIANTS = {
     "sharp": Variant("ours", "softmax over S / tau, with the tau of Eq. 5", None, None, Sharp, shares_tau=True),
     "sum-once-sharp": Variant("ours", "both", None, None, SumOnceSharp, shares_tau=True),
 }  # fmt: skip
-RATIOS = {  # Table 6: mIoU, oIoU. By its oIoU 0.3 beats 0.1 by 0.53 and 0.8 by 0.55; Sec. 4.3.4 says 0.46 and 0.48
+RATIOS = {  # Table 6, --ratio: mIoU, oIoU. In oIoU 0.3 beats 0.1 by 0.53 and 0.8 by 0.55; Sec. 4.3.4 says 0.46 and 0.48
     0.1: (76.11, 74.82), 0.2: (76.08, 75.02), 0.3: (76.27, 75.35), 0.4: (76.24, 75.28), 0.5: (76.22, 75.14),
     0.6: (76.16, 75.12), 0.7: (76.08, 74.97), 0.8: (76.03, 74.80),
 }  # fmt: skip

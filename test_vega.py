@@ -1,7 +1,9 @@
 """The claims of the README, one a test. `pytest` runs the quick ones, `pytest -m ""` all."""
 
+import base64
 import collections
 import filecmp
+import http.server
 import itertools
 import json
 import math
@@ -13,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -99,7 +102,7 @@ def random_batch(config: VEGAConfig, size: int = 2, lengths: tuple[int, ...] = (
 def small_model(name: str, **overrides) -> VEGA:
     torch.manual_seed(0)
     bert = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    sizes = dict(image_size=64, embed_dim=16, depths=(1, 1), num_heads=(2, 2), decoder_width=16, bert_config=bert)
+    sizes = dict(image_size=64, embed_dim=16, depths=(1, 1), swin_heads=(2, 2), decoder_width=16, bert_config=bert)
     return VEGA(tiny(**{**sizes, "variant": name, **overrides})).eval()
 
 
@@ -316,7 +319,7 @@ def test_early_fusion_is_lavt_in_plain_steps():
 def test_windows_are_padded_then_shifted_then_masked(side):
     """Against one attention over the whole map: a pixel sees those of its window that the shift did not wrap around."""
     torch.manual_seed(0)
-    config = tiny(image_size=4 * side, embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4)
+    config = tiny(image_size=4 * side, embed_dim=8, depths=(2, 2), swin_heads=(2, 2), window_size=4)
     padded = -(-side // 4) * 4
     place = torch.cartesian_prod(torch.arange(padded), torch.arange(padded))  # [P, 2], y and x of each pixel
     for shift, block in zip((0, 2), VisionEncoder(config).swin.layers[0].blocks):
@@ -371,7 +374,7 @@ def test_padding_does_not_matter_and_words_do(name):
 @pytest.mark.parametrize("name, stages", [*((name, 2) for name in VARIANTS), ("vega", 3), ("vega", 4)])
 def test_every_parameter_learns(name, stages):
     """So DDP needs no find_unused_parameters. Under bf16, with every word but [CLS] padded, gradients are finite."""
-    model = small_model(name, depths=(1,) * stages, num_heads=(2,) * stages)
+    model = small_model(name, depths=(1,) * stages, swin_heads=(2,) * stages)
     assert getattr(model.vis, "log_tau", model.log_tau) is model.log_tau  # one temperature for `sharp` and Eq. 5
     for lengths, precision in (((7, 4), "fp32"), ((1, 1), "bf16")):
         model.zero_grad()
@@ -880,10 +883,17 @@ def test_training_sentences_depend_on_seed_epoch_and_object_alone(small):
     assert list(train.training_batches(len(dataset), 8, 5, 9, 3)) == whole[5:]
 
 
-def test_shapes_are_what_the_design_asks_for(tmp_path):
+@pytest.fixture(scope="session")
+def all_shapes(tmp_path_factory) -> Path:
+    """A data folder with the whole shapes dataset, written as the first training run does."""
+    folder = tmp_path_factory.mktemp("all_shapes")
+    data.RefDataset("shapes", "val", folder)
+    return folder
+
+
+def test_shapes_are_what_the_design_asks_for(all_shapes):
     """From the files alone: annotations' attributes and polygons against what the sentences say."""
-    data.RefDataset("shapes", "val", tmp_path)  # writes the dataset, as the first training run does
-    folder = tmp_path / "shapes"
+    folder = all_shapes / "shapes"
     instances = json.loads((folder / "instances.json").read_text())
     refs = pickle.loads((folder / "refs(shapes).p").read_bytes())
     objects, scenes = {}, collections.defaultdict(list)
@@ -972,7 +982,7 @@ def best(trained) -> Path:
 
 @pytest.fixture
 def train_here(small, tmp_path, monkeypatch):
-    """A function that trains in this process, in a folder of tmp_path, and returns the scores; by default no pictures."""
+    """A function that trains in this process, in a folder of tmp_path, and returns the scores; pictures if asked."""
 
     def train_it(*flags, out="run", pictures=False) -> dict:
         with monkeypatch.context() as patch:
@@ -1132,9 +1142,10 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(small, tmp_path):
     printed_by(*flags, "--out", tmp_path / "whole", nproc=2)
     out = tmp_path / "cut"
     process = start(*torchrun, f"--master_port={free_port()}", *flags, "--out", out)
-    for _ in range(2):
-        before = written(out / "last.pt")
-        wait_until(lambda: written(out / "last.pt") > before, process)
+    steps = lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count('"loss"')
+    for kill in range(2):
+        before = steps() + 4  # a dying process may still write a line
+        wait_until(lambda: steps() > before, process)
         environment = {child: Path(f"/proc/{child}/environ").read_bytes() for child in children_of(process.pid)}
         (victim,) = (child for child, names in environment.items() if b"\0LOCAL_RANK=1\0" in names)
         os.kill(victim, signal.SIGKILL)
@@ -1146,7 +1157,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(small, tmp_path):
 def test_what_is_not_finite_is_never_saved(train_here, tmp_path):
     """A learning rate of 1e15 leaves finite weights in step 1, and with them step 2 has no finite loss."""
     flags = ["--checkpoint-every", 1, "--max-steps", 9]
-    with pytest.raises(SystemExit, match="a weight is not finite after step [23]; it is not saved to .*run"):
+    with pytest.raises(SystemExit, match="a weight is not finite after step [23]; .*run keeps what it had"):
         train_here("--lr", 1e15, *flags)
     model = torch.load(tmp_path / "run" / "last.pt")["model"]
     assert all(value.isfinite().all() for value in model.values())
@@ -1308,7 +1319,7 @@ def test_a_model_carries_its_variant_and_its_data(name, train_here, tmp_path):
     assert evaluate.main(["--checkpoint", str(out)])["val"] == scores["val"]
     model, _ = load_model(out)
     assert model.config.variant == name and type(model.vis) is VARIANTS[name].block
-    assert ("contrastive" in log_of(out)[0]) == ("tau" in log_of(out)[0]) == VARIANTS[name].contrastive
+    assert ("contrastive" in log_of(out)[0]) == ("tau" in log_of(out)[0]) == VARIANTS[name].eq5
     assert (out / "ratios-val.png").exists() == (model.vis.selectors != "none")
 
 
@@ -1403,7 +1414,7 @@ WRONG_INPUTS = [
     (train, ["--variant", "threshold"], "invalid choice: 'threshold' (choose from"),
     (train, ["--image-size", "130"], "--image-size is 130, but must be a multiple of 4 and at least 32"),
     (train, ["--attention-heads", "5"], "must be multiples of 5 heads"),
-    (train, ["--num-heads", "4"], "these sizes make no model"),
+    (train, ["--swin-heads", "4"], "these sizes make no model"),
     (train, ["--bert-config", '{"hiden_size": 3}'], "BERT's config has no hiden_size"),
     (evaluate, ["--split", "tetsB"], "no split 'tetsB'; it has train, val, testA, testB"),
     (evaluate, ["--json", "nowhere/x.json"], "there is no folder nowhere"),
@@ -1497,6 +1508,84 @@ def test_the_papers_row_stands_under_a_base_models_scores(best, tmp_path, capsys
     assert [line[0] for line in printed(model="tiny")[1]] == ["refcoco"] * 2
     for settings in ({"variant": "unmasked-softmax", "ratio": 0.5}, {"ratio": 0.35}, {"variant": "sharp"}):
         assert evaluate.paper_scores(VEGAConfig(**settings), "refcoco", "val") == {}
+
+
+@pytest.mark.parametrize("split", ["val", *(pytest.param(test, marks=pytest.mark.slow) for test in ("testA", "testB"))])
+def test_the_demos_model_scores_as_the_readme_says(split, all_shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where there is no run
+    scores = evaluate.main(["--split", split, "--data", str(all_shapes)])[split]
+    assert "there is no run here yet: this is the demo's model" in capsys.readouterr().out
+    row = re.search(rf"^\| {split} \|(.*)\|$", (HERE / "README.md").read_text(), re.MULTILINE)[1]
+    stated = [float(cell) for cell in row.split("|")[:5]]
+    columns = ("P@0.5", "P@0.7", "P@0.9", "mIoU", "oIoU")
+    assert [scores[column] for column in columns] == pytest.approx(stated, abs=0.1 + 100 / 800)  # and one sentence
+    assert scores["mIoU"] == pytest.approx(stated[3], abs=0.1)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the Hugging Face Hub does; it keeps what was uploaded with the right token."""
+
+    files = {}  # "me/vega/model.safetensors" -> content
+
+    def answer(self, content=b"", status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content if self.command != "HEAD" else b"")
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers["Authorization"] != "Bearer secret":
+            return self.answer(b'{"error": "Invalid username or password."}', 401)
+        if "/preupload/" in self.path:
+            found = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return self.answer(json.dumps({"files": [{**file, "shouldIgnore": False} for file in found]}).encode())
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[f"me/vega/{line['value']['path']}"] = base64.b64decode(line["value"]["content"])
+        answer = {"url": "me/vega", "commitUrl": "it", "commitOid": "1", "errors": [], "warnings": []}
+        self.answer(json.dumps(answer).encode())
+
+    def do_GET(self):
+        content = self.files.get(self.path[1:].replace("/resolve/main", ""))
+        if content is None:
+            return self.answer(status=404)
+        self.answer(content, ETag=f'"{hash(content)}"', X_Repo_Commit="1" * 40)
+
+    do_HEAD = do_GET
+
+
+@pytest.mark.slow
+def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
+    """Uploaded, loaded by name, loaded again without the server: the same masks. A wrong token uploads nothing."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    process = start(sys.executable, HERE / "evaluate.py", "--push", "me/vega", cwd=tmp_path)
+    printed = process.communicate(timeout=900)[0]
+    assert process.returncode == 1 and "not uploaded" in printed and "401" in printed and not Hub.files
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert "uploaded: it" in printed_by(HERE / "evaluate.py", "--push", "me/vega", cwd=tmp_path)
+    assert Hub.files["me/vega/model.safetensors"] == model_module.DEMO.read_bytes()
+    assert json.loads(Hub.files["me/vega/config.json"]) == read_about(model_module.DEMO)["config"]
+    card = Hub.files["me/vega/README.md"].decode()
+    assert "| val | 80.42 |" in card and 'evaluate.load("me/vega")' in card and "data/shapes" not in card
+
+    scene = [HERE / "assets/scene.jpg", "--expression", "left star", "yellow thing above the purple cross"]
+    masks = []
+    for name, offline in (("demo", "0"), ("me/vega", "0"), ("me/vega@main", "1")):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        if offline == "1":
+            server.shutdown()
+        source = [] if name == "demo" else ["--checkpoint", name]
+        printed_by(HERE / "evaluate.py", *source, "--image", *scene, cwd=tmp_path)
+        files = sorted((tmp_path / "runs" / Path(name).name / "masks").glob("*.mask.png"))
+        masks.append([file.read_bytes() for file in files])
+    assert len(masks[0]) == 2 and masks[0] == masks[1] == masks[2]
 
 
 # studies/

@@ -2,10 +2,12 @@
 
     python train.py                                            the demo: generated shapes, tiny model
     torchrun --nproc_per_node=4 train.py --dataset refcoco     the paper's settings
+    python train.py --variant global-only                      an ablation; also --ratio 0.1
     python train.py --resume                                   go on with the newest run
 
 A run leaves in runs/NAME/: best.safetensors, the model of the best oIoU on val; metrics.json, its scores; pictures;
-log.jsonl and settings.json; last.pt, from which --resume goes on.
+log.jsonl; and from the first checkpoint on settings.json and last.pt, from which --resume goes on.
+In the help, "ours" was chosen here, since the paper does not say; "LAVT" was taken from that work.
 """
 
 import json
@@ -42,37 +44,42 @@ def positive(value) -> bool:
 
 @dataclass
 class Settings(VEGAConfig):
-    """All of a run's settings, each a flag, after those of the model. Defaults: the paper's, Sec. 4.1."""
+    """All of a run's settings, each a flag, after those of the model.
+
+    Defaults: Sec. 4.1 where it gives a value, else as the help says. --dataset shapes starts from PRESETS["tiny"].
+    """
 
     dataset: str = flag("shapes", f"{', '.join(DATASETS)}, or a folder in REFER's format", metavar="NAME")
     data: str = flag("data", "where the datasets with a name are", metavar="DIR")
     image_folder: str = flag(None, "where the dataset's images are, if not where the README says", metavar="DIR")
-    model: str = flag("base", "preset: base, the paper's, or tiny, the demo's", choices=("base", "tiny"))
+    model: str = flag(None, "preset: base, the paper's, or tiny, the demo's; default: tiny for shapes, else base",
+                      choices=("base", "tiny"))  # fmt: skip
     swin: str = flag(PRETRAINED_SWIN, "weights to start from: a file, or a name in timm", metavar="SOURCE")
     bert: str = flag(PRETRAINED_BERT, "weights to start from: a folder, or a name in transformers", metavar="SOURCE")
     pretrained: bool = flag(True, "start from --swin and --bert, not at random")
-    init: str = flag(None, "start from the weights, words and sizes of a trained model", metavar="MODEL")
-    epochs: float = flag(40, "also 1.5", positive)
+    init: str = flag(None, "start from a trained model: its weights, words, sizes, and preset", metavar="MODEL")
+    epochs: float = flag(40, "passes over the objects, one sentence of each; also 1.5", positive)
     max_steps: int = flag(None, "train for this many steps; --epochs is ignored", positive, metavar="STEPS", type=int)
-    batch_size: int = flag(16, "images a step (ours: over all processes together)", positive)
-    micro_batch: int = flag(None, "each process takes its share N images at a time", positive, metavar="N", type=int)
+    batch_size: int = flag(16, "images a step, over all processes together", positive)
+    micro_batch: int = flag(None, "gradient accumulation: each process takes its share of the batch N images at a time",
+                            positive, metavar="N", type=int)  # fmt: skip
     lr: float = flag(3e-5, "the highest learning rate", lambda rate: 0 <= rate < math.inf)
-    bert_factor: float = flag(1.0, "ours: BERT learns at this share of the rate", positive)
+    bert_factor: float = flag(1.0, "ours: BERT's learning rate as a share of --lr", positive)
     warmup: float = flag(0.0, "ours: the share of the steps in which the rate rises", lambda share: 0 <= share < 1)
-    beta2: float = flag(0.999, "ours: AdamW's", lambda beta: 0 <= beta < 1)
-    power: float = flag(0.9, "LAVT: of the rate's polynomial decay", positive)
-    weight_decay: float = flag(0.01, "LAVT: AdamW's", lambda decay: decay >= 0)
-    max_norm: float = flag(0.0, "ours: a gradient of a larger norm is scaled down to it; 0: none is", lambda n: n >= 0)
-    seed: int = flag(0, "of starting weights, order, sentences and dropout; not of the shapes", lambda n: n >= 0)
-    precision: str = flag(None, "default: bf16 on cards that have it, else fp32", choices=("fp32", "bf16"))
+    beta2: float = flag(0.999, "torch: AdamW's second beta", lambda beta: 0 <= beta < 1)
+    power: float = flag(0.9, "LAVT: exponent of the rate's decay", positive)
+    weight_decay: float = flag(0.01, "LAVT: AdamW's weight decay", lambda decay: decay >= 0)
+    max_norm: float = flag(0.0, "ours: clip the gradient's norm at this; 0: no clipping", lambda n: n >= 0)
+    seed: int = flag(0, "random seed of starting weights, order, sentences, dropout", lambda n: n >= 0)
+    precision: str = flag(None, "ours: bf16 on cards that have it, else fp32", choices=("fp32", "bf16"))
     gradient_checkpointing: bool = flag(False, "compute Swin's blocks again in backward: less memory")
     device: str = flag(None, "cpu, cuda or cuda:1; default: cuda if there is one")
     workers: int = flag(4, "processes that load images, for each GPU", lambda n: n >= 0)
     log_every: int = flag(10, "steps between two lines of the log", positive, metavar="STEPS")
     validate_every: int = flag(None, "default: an epoch", positive, metavar="STEPS", type=int)
-    checkpoint_every: int = flag(1000, "last.pt is written also after so many steps", positive, metavar="STEPS")
+    checkpoint_every: int = flag(1000, "steps between writes of last.pt", positive, metavar="STEPS")
     out: str = flag(None, "the run's folder; default: runs/DATASET-TIME", metavar="DIR")
-    resume: bool = flag(False, "go on from last.pt of --out, or of the newest run; if there is none, start")
+    resume: bool = flag(False, "go on from last.pt of --out, or of the newest run; start if there is none")
 
 
 PRESETS = {
@@ -82,7 +89,10 @@ PRESETS = {
         max_norm=1.0, workers=0,
     ),
 }  # fmt: skip
-CHANGEABLE = "epochs max_steps device workers data image_folder log_every validate_every checkpoint_every".split()
+CHANGEABLE = (  # flags that may differ beside --resume; all others must stay as they were
+    "epochs max_steps device workers data image_folder log_every validate_every checkpoint_every micro_batch "
+    "gradient_checkpointing".split()
+)
 
 
 @command_line
@@ -102,7 +112,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # data and model
     if RANK:
-        gather()  # rank 0 downloads or generates what is missing
+        gather()  # wait here while rank 0 downloads or generates what is missing
     model, tokenizer = build_model(settings, resumed)
     if RANK == 0:
         gather()
@@ -115,7 +125,7 @@ def main(argv: list[str] | None = None) -> dict:
     steps_per_epoch = len(train) // settings.batch_size
     if steps_per_epoch == 0:
         raise InputError(f"only {len(train)} objects to train on: lower --batch-size, which is {settings.batch_size}")
-    total = settings.max_steps or round(settings.epochs * steps_per_epoch)
+    total = settings.max_steps or max(1, round(settings.epochs * steps_per_epoch))
     validate_every = settings.validate_every or steps_per_epoch
 
     # where the run stands: at its start, or as last.pt says
@@ -149,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict:
         optimizer.zero_grad()
         for first in range(0, share, micro_batch):
             micro = {name: values[first : first + micro_batch] for name, values in batch.items()}
-            # DDP averages the processes' gradients in the last micro-batch alone
+            # gradients add up in each process; DDP averages the sums once, in the last micro-batch's backward
             parallel.require_backward_grad_sync = first + micro_batch == share
             with autocast(device, settings.precision):
                 output = parallel(micro["image"], micro["input_ids"], micro["attention_mask"])
@@ -157,7 +167,7 @@ def main(argv: list[str] | None = None) -> dict:
             (losses["loss"] / micro_batches).backward()
             for name, loss in losses.items():
                 sums[name] += loss.detach() / micro_batches
-        norm = get_total_norm([p.grad for p in model.parameters()])
+        norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if settings.max_norm:
             clip_grads_with_norm_(model.parameters(), settings.max_norm, norm)
         optimizer.step()
@@ -169,7 +179,7 @@ def main(argv: list[str] | None = None) -> dict:
         if logging or saving:
             means = mean_losses(sums, step - logged)
             if not (math.isfinite(means["loss"]) and get_total_norm(model.parameters()).isfinite()):
-                raise InputError(f"the loss or a weight is not finite after step {step}; it is not saved to {out}")
+                raise InputError(f"the loss or a weight is not finite after step {step}; {out} keeps what it had")
         if logging:
             tau = {} if model.log_tau is None else {"tau": model.log_tau.exp().item()}
             line = {"step": step, "epoch": step / steps_per_epoch, **means, "gradient norm": norm.item(), "lr": lr}
@@ -180,7 +190,7 @@ def main(argv: list[str] | None = None) -> dict:
             scores = evaluate(model, val, device, settings.precision, settings.workers).compute()
             tqdm.write(f"step {step}: val mIoU {scores['mIoU']:.2f}, oIoU {scores['oIoU']:.2f}")
             write_log(out, {"step": step, "split": "val", **scores})
-            if scores["oIoU"] > best:  # ours: the best by oIoU on val
+            if scores["oIoU"] > best:  # LAVT: the best by oIoU on val
                 best = scores["oIoU"]
                 if RANK == 0:
                     about = {"settings": asdict(settings), "step": step, "scores": {"val": scores}}
@@ -188,7 +198,7 @@ def main(argv: list[str] | None = None) -> dict:
         if saving:
             if RANK == 0:
                 save_last(out / "last.pt", model, optimizer, tokenizer, step, best, settings)
-            gather()
+            gather()  # none goes on before it is written
 
     # the best model's scores on every split but the training one, and pictures of them
     del model, parallel, optimizer
@@ -197,7 +207,12 @@ def main(argv: list[str] | None = None) -> dict:
     tests = sorted(splits.keys() - {"train", "val"})
     options = Options(split=["val", *tests], pictures=8, json=out / "metrics.json")
     options = SimpleNamespace(**{**vars(options), **vars(settings)})
-    return score_splits(model.to(device), tokenizer, options, device, out)
+    scores = score_splits(model.to(device), tokenizer, options, device, out)
+    if RANK == 0:
+        about = {"settings": asdict(settings), "step": read_about(out)["step"], "scores": scores}
+        save_model(out / "best.safetensors", model, tokenizer, **about)
+    tqdm.write(f'segment your own: python evaluate.py --checkpoint {out} --image photo.jpg --expression "the dog"')
+    return scores
 
 
 # What main calls, in its order
@@ -216,7 +231,7 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
     out = Path(typed["out"]) if "out" in typed else None
     if typed.pop("resume", False):
         last = out / "last.pt" if out else newest("last.pt")
-        if last.exists():
+        if last and last.exists():
             before = json.loads(last.with_name("settings.json").read_text())
             typed["out"] = before["out"]  # the same folder, perhaps by another name
             others = [name for name in typed if name not in CHANGEABLE and typed[name] != before.get(name)]
@@ -276,7 +291,7 @@ def build_model(settings: Settings, resumed: dict | None) -> tuple[VEGA, BertTok
 def make_optimizer(model: VEGA, settings: Settings) -> torch.optim.AdamW:
     """AdamW, with a "factor" of the learning rate in each group.
 
-    Ours: no weight decay for what has fewer than two dimensions (log_tau too) and for Swin's relative position tables.
+    No weight decay for Swin's norms and relative position tables (LAVT), nor for any other vector or number (ours).
     """
     groups = {(factor, decay): [] for factor in (settings.bert_factor, 1.0) for decay in (settings.weight_decay, 0.0)}
     for name, parameter in model.named_parameters():
@@ -290,7 +305,7 @@ def make_optimizer(model: VEGA, settings: Settings) -> torch.optim.AdamW:
 def training_batches(objects: int, batch_size: int, done: int, total: int, seed: int, rank: int = 0, world: int = 1):
     """Yield each batch after step `done`, as a list of (epoch, object): the share of one of `world` processes.
 
-    The order of each epoch is drawn from (seed, epoch). Ours: what does not fill a last batch is left out.
+    The order of each epoch is drawn from (seed, epoch). LAVT: what does not fill a last batch is left out.
     """
     size = batch_size // world
     for step in range(done, total):
@@ -319,7 +334,10 @@ def mean_losses(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float]:
 
 
 def save_last(path: Path, model: VEGA, optimizer, tokenizer: BertTokenizer, step: int, best: float, settings) -> None:
-    """Write all that --resume needs: last.pt, and settings.json beside it."""
+    """Write all that --resume needs: last.pt, and settings.json beside it.
+
+    No random state: order, sentences and dropout follow from (seed, epoch or step), and the rate from the step.
+    """
     with whole_file(path.with_name("settings.json")) as file:
         file.write_text(json.dumps(asdict(settings), indent=2))
     with whole_file(path) as file:
