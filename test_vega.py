@@ -1332,7 +1332,8 @@ def first_column(monkeypatch):
 
 def test_ones_own_images_get_masks_and_overlays(best, first_column, tmp_path, capsys):
     """A folder with a broken one and a decompression bomb, which are named last, and two expressions."""
-    (tmp_path / "best.safetensors").write_bytes(best.read_bytes())
+    for file in ("best.safetensors", "settings.json"):  # which make it a run's folder
+        (tmp_path / file).write_bytes(best.with_name(file).read_bytes())
     folder, out = tmp_path / "holidays", tmp_path / "masks"
     folder.mkdir()
     for name in ("a.jpg", "c.png", "._c.png"):
@@ -1364,17 +1365,18 @@ def test_the_command_and_python_give_one_mask(best, tmp_path, monkeypatch):
     model, tokenizer = load_model(best)
     middle = np.median(evaluate.load(best).logits(image, expressions))
     model.decoder.head.bias.data -= float(middle)  # so that masks hold half of the pixels
-    model_module.save_model(tmp_path / "best.safetensors", model, tokenizer)
+    model_module.save_model(tmp_path / "half.safetensors", model, tokenizer)
+    monkeypatch.chdir(tmp_path)
     seen, real = [], evaluate.Segmenter.logits
     monkeypatch.setattr(evaluate.Segmenter, "logits", lambda *a: (seen.append(real(*a)), seen[-1])[1])
-    command = ["--checkpoint", str(tmp_path), "--image", str(image), "--expression", *expressions]
+    command = ["--checkpoint", "half.safetensors", "--image", str(image), "--expression", *expressions]
     evaluate.main([*command, "--precision", "bf16"])
     evaluate.main(command)
-    (bf16, fp32), segment = seen, evaluate.load(tmp_path)
+    (bf16, fp32), segment = seen, evaluate.load("half.safetensors")
     layers = sum(isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) for module in model.modules())
     assert fp32.shape == (2, 40, 50) and 0 < np.abs(bf16 - fp32).max() < layers * 2**-8 * np.abs(fp32).max()
     for together, expression, slug in zip(fp32, expressions, ("1-red-thing", "2-left-square")):
-        mask = np.asarray(Image.open(tmp_path / "masks" / f"photo.png-{slug}.mask.png")) > 0
+        mask = np.asarray(Image.open(f"runs/half/masks/photo.png-{slug}.mask.png")) > 0
         assert 0.2 < mask.mean() < 0.8 and (mask == segment(image, expression)).mean() > 0.99
         np.testing.assert_allclose(together, seen[-1][0], rtol=1e-4, atol=1e-4)
 
@@ -1419,7 +1421,7 @@ WRONG_INPUTS = [
     (evaluate, ["--split", "tetsB"], "no split 'tetsB'; it has train, val, testA, testB"),
     (evaluate, ["--json", "nowhere/x.json"], "there is no folder nowhere"),
     (evaluate, ["--checkpoint", str(HERE / "README.md")], "holds no model of this program, or was cut short"),
-    (evaluate, ["--checkpoint", "nowhere"], "there is no model nowhere: give a run's folder, or a file such as"),
+    (evaluate, ["--checkpoint", "nowhere"], "there is no model nowhere: give a file, a run's folder, or a name on the Hugging"),
     (evaluate, ["--image", "absent.jpg", "--expression", "red"], "absent.jpg can't be read as an image (FileNotFound"),
     (evaluate, ["--image", str(HERE / "README.md"), "--expression", "red"], "can't be read as an image"),
     (evaluate, ["--image", str(HERE / "assets/shapes.png"), "--expression", " "], "expression is empty"),
