@@ -120,18 +120,19 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     Or it is one RLE {"size": [h, w], "counts": ..}, with counts as a list or as COCO's compressed string, which must
     fill the image exactly. Any other raises an error of some class.
     """
-    mask = np.zeros((height, width), dtype=bool)
+    mask = np.zeros((width, height), dtype=bool)  # column by column, as COCO has it
     for one in [segmentation] if isinstance(segmentation, dict) else segmentation:
-        mask |= (decode_rle if isinstance(one, dict) else fill_polygon)(one, height, width)
-    return mask
+        (draw_rle if isinstance(one, dict) else draw_polygon)(mask, one)
+    return mask.T
 
 
-def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> np.ndarray:
-    """The polygon [x0, y0, x1, y1, ..] -> bool [height, width], by COCO's rule.
+def draw_polygon(mask: np.ndarray, polygon: list[float]) -> None:
+    """Set the pixels of [x0, y0, x1, y1, ..] in mask, bool [width, height], by COCO's rule.
 
     The outline is walked on a grid five times finer, one step along its longer axis at a time. Each step
     that crosses the middle of a pixel column toggles the column from there downwards.
     """
+    width, height = mask.shape
     points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
     start = (5 * points + 0.5).astype(np.int64)  # [P, 2]
     along = np.roll(start, -1, axis=0) - start  # the edges [P, 2]
@@ -148,21 +149,23 @@ def fill_polygon(polygon: list[float] | np.ndarray, height: int, width: int) -> 
     column, rest = np.divmod(x - 2, 5)
     row = ((y + 2) // 5).clip(0, height)  # the first whose middle lies below
     crossing = (rest == 0) & (column >= 0) & (column < width)
-    toggles = np.bincount((column * height + row)[crossing], minlength=width * height + 1)[: width * height]
-    return (np.cumsum(toggles) % 2 == 1).reshape(width, height).T
+    column, row = column[crossing], row[crossing]
+    if len(column):
+        first, columns = column.min(), np.ptp(column) + 1  # all that the polygon touches
+        toggles = np.bincount((column - first) * (height + 1) + row, minlength=columns * (height + 1))
+        inside = np.bitwise_xor.accumulate(toggles.astype(np.uint8).reshape(columns, -1) & 1, axis=1)
+        mask[first : first + columns] |= inside[:, :height].view(bool)
 
 
-def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
-    """COCO's run lengths, column by column, background first -> bool [height, width]."""
+def draw_rle(mask: np.ndarray, rle: dict) -> None:
+    """Set the pixels of COCO's run lengths, background first, in mask, bool [width, height]."""
     counts = rle["counts"]
     if isinstance(counts, (str, bytes)):
         counts = decode_counts(counts if isinstance(counts, str) else counts.decode())
     counts = np.asarray(counts, dtype=np.int64)
-    pixels = height * width
-    if list(rle["size"]) != [height, width] or ((counts < 0) | (counts > pixels)).any() or counts.sum() != pixels:
-        raise ValueError(f"an RLE of size {list(rle['size'])} does not fill an image of {height} x {width} exactly")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
+    if list(rle["size"]) != [*mask.T.shape] or ((counts < 0) | (counts > mask.size)).any() or counts.sum() != mask.size:
+        raise ValueError(f"an RLE of size {list(rle['size'])} does not fill an image of {mask.T.shape} exactly")
+    mask |= np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(mask.shape)
 
 
 def decode_counts(text: str) -> list[int]:
@@ -335,7 +338,7 @@ class RefDataset(torch.utils.data.Dataset):
         self.first = np.cumsum([0] + [len(item.sentences) for item in self.objects])  # an object's first sentence
         self.image_size, self.training, self.seed = image_size, training, seed
         self.tokens = tokenize(tokenizer, self.expressions, max_tokens) if tokenizer else {}
-        self.decoded = (None, None)  # the last image's id and input, for its next sentence
+        self.decoded = self.drawn = (None, None)  # the last image's id and input, the last object's mask
 
     def __len__(self) -> int:
         return len(self.objects) if self.training else len(self.expressions)
@@ -347,10 +350,13 @@ class RefDataset(torch.utils.data.Dataset):
             index = int(np.random.default_rng((self.seed, epoch, number)).integers(*self.first[number : number + 2]))
         if self.decoded[0] != self.object_of(index).image_id:
             self.decoded = self.object_of(index).image_id, to_input(self.image(index), self.image_size)
-        mask = Image.fromarray(self.mask(index)).resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
-        # an augmentation would stand here: it must change the mask like the image, and leave self.decoded as it is
+        if self.drawn[0] != self.owners[index]:
+            size = self.image_size, self.image_size
+            mask = Image.fromarray(self.mask(index)).resize(size, Image.Resampling.NEAREST)
+            self.drawn = self.owners[index], torch.from_numpy(np.array(mask))
+        # an augmentation would stand here: it must change mask and image alike, and leave self.decoded and drawn alone
         tokens = {name: values[index] for name, values in self.tokens.items()}
-        return {"image": self.decoded[1], "mask": torch.from_numpy(np.array(mask)), **tokens, "index": index}
+        return {"image": self.decoded[1], "mask": self.drawn[1], **tokens, "index": index}
 
     def ids(self, index: int) -> dict:
         """Of sentence `index`, for logs."""

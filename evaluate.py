@@ -113,6 +113,7 @@ def load_batches(dataset: RefDataset, batches, workers: int, device: torch.devic
         generator=torch.Generator(),  # so that loading does not advance torch's global one
         # fork shares the dataset's memory; the fork server, Python 3.14's default, would copy it
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        timeout=600 if workers else 0,  # seconds: a worker that hangs ends the run, and --resume goes on
     )  # fmt: skip
     for batch in loader:
         yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
@@ -194,12 +195,12 @@ class Metrics:
     def __init__(self):
         self.samples = []  # dicts: "index", "intersection" and "union" in pixels of the image, "iou"
 
-    def update(self, prediction: torch.Tensor, target: torch.Tensor, index: int = 0):
-        """Count sample number `index`, whose masks are bool [H, W] both."""
-        intersection = (prediction & target).sum().item()
-        union = (prediction | target).sum().item()
-        iou = intersection / union if union else 0.0  # LAVT: 0
-        self.samples.append({"index": index, "iou": iou, "intersection": intersection, "union": union})
+    def update(self, prediction: torch.Tensor, target: torch.Tensor, indices: list[int]):
+        """Count the samples of these numbers; their masks are bool [B, H, W] both, and the counts are copied once."""
+        counts = torch.stack([(prediction & target).sum((1, 2)), (prediction | target).sum((1, 2))], dim=1).tolist()
+        for index, (intersection, union) in zip(indices, counts):
+            iou = intersection / union if union else 0.0  # LAVT: 0
+            self.samples.append({"index": index, "iou": iou, "intersection": intersection, "union": union})
 
     def compute(self) -> dict:
         """{"P@0.5", .., "P@0.9", "mIoU", "oIoU"} in per cent, and "samples", their number."""
@@ -252,12 +253,14 @@ def evaluate(
     loader = load_batches(dataset, batches, workers, device)
     for batch in tqdm(loader, dataset.split, len(batches), leave=False, unit="batch", disable=bool(RANK) or None):
         with autocast(device, precision):
-            output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
-        for index, logits, mask in zip(batch["index"].tolist(), output["logits"], batch["mask"]):
-            if resolution == "original":
-                mask = torch.from_numpy(dataset.mask(index)).to(device)
-                logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
-            metrics.update(logits > 0, mask, index)  # ours: the target where its probability exceeds 0.5
+            # forward: also where the model is compiled, for training's shapes
+            logits = model.forward(batch["image"], batch["input_ids"], batch["attention_mask"])["logits"]
+        indices = batch["index"].tolist()
+        if resolution == "input":
+            metrics.update(logits > 0, batch["mask"], indices)  # ours: the target where its probability exceeds 0.5
+        for index, own in zip(indices, logits) if resolution == "original" else ():
+            mask = torch.from_numpy(dataset.mask(index)).to(device)
+            metrics.update(F.interpolate(own[None, None], mask.shape, mode="bilinear")[0] > 0, mask[None], [index])
     metrics.samples = sorted(itertools.chain(*gather(metrics.samples)), key=lambda sample: sample["index"])
     return metrics
 

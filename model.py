@@ -111,11 +111,13 @@ class EarlyFusion(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, mask_l: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [B, N, C], tokens [B, T, D], mask_l [B, T] -> [B, N, C] twice: `fused` for the decoder, and x plus
         gated `fused` for the next stage (None after the last)."""
-        # F.instance_norm: each channel of each sample to mean 0 and variance 1 over the pixels
-        query = F.instance_norm(self.query(x).mT).mT  # [B, N, C]
-        bias = padding_bias(mask_l).to(query.dtype)  # [B, 1, T]
-        attended = F.scaled_dot_product_attention(query, self.key(tokens), self.value(tokens), bias)  # [B, N, C]
-        attended = F.instance_norm(self.project_attended(attended).mT).mT
+        # F.instance_norm: each channel of each sample to mean 0 and variance 1 over the pixels; in fp32 under autocast
+        query = F.instance_norm(self.query(x).float().mT).mT  # [B, N, C]
+        key, value, bias = self.key(tokens), self.value(tokens), padding_bias(mask_l)  # [B, T, C] twice, [B, 1, T]
+        # the one head has an axis of its own, without which torch has no fused attention on GPUs
+        query, key, value, bias = (each[:, None].to(key.dtype) for each in (query, key, value, bias))
+        attended = F.scaled_dot_product_attention(query, key, value, bias)[:, 0]  # [B, N, C]
+        attended = F.instance_norm(self.project_attended(attended).float().mT).mT
         fused = F.gelu(self.project_fused(F.gelu(self.project_vision(x)) * attended))
         return fused, None if self.gate is None else x + self.gate(fused) * fused
 
@@ -270,12 +272,15 @@ class VEGA(nn.Module):
             "similarity": [B, h, w] the similarities of [CLS] as a map of the last stage, the s of Eq. 5; zero in
             `local-only`, None in variants without S.
         """
-        tokens = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, D]
+        # a boolean mask of four dimensions; one of two makes transformers ask the GPU whether all are 1, and wait
+        bert_mask = attention_mask[:, None, None].bool()  # [B, 1, 1, T]
+        tokens = self.bert(input_ids=input_ids, attention_mask=bert_mask).last_hidden_state  # [B, T, D]
         image = (image / 255 - self.mean) / self.std
         features = self.vision(image, tokens, attention_mask)  # [B, H_i, W_i, C_i] of each stage
         F_v, Q_l = None, tokens  # Sec. 3.1: Q_l is BERT's
         if self.enhance is not None:  # not in Table 2, row 1
-            F_v = self.project_F_v(features[-1].flatten(1, 2))  # [B, N, D]; ours: the last stage, projected
+            with torch.autocast(image.device.type, enabled=False):  # in fp32, as the similarities that stand on it
+                F_v = self.project_F_v(features[-1].float().flatten(1, 2))  # [B, N, D]; ours: the last stage, projected
             # Table 2, last row: the tokens are enhanced. Ours: they are so before they select, and as Q_l they enter G
             Q_l = self.enhance(tokens, F_v)  # [B, T, D] each token looks at every pixel
         selection = self.vis(F_v, Q_l, attention_mask)
