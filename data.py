@@ -186,13 +186,15 @@ def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # convert("RGB") would clip these at 255
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def open_image(path: str | Path, upright: bool = True) -> Image.Image:
     """An image file in RGB, see `to_rgb`. Raises InputError if it can't be read."""
     with input_errors(f"{path} can't be read as an image"):
-        return to_rgb(Image.open(path), upright)
+        image = Image.open(path)
+        image.load()
+        return to_rgb(image, upright)
 
 
 def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
