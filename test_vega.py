@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import evaluate
@@ -402,13 +403,42 @@ def test_nothing_stays_on_the_cpu_when_the_model_is_on_a_gpu(name, preset, monke
     batch = {key: fake.from_tensor(value) for key, value in batch.items()}
     with fake:
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
-        batch = {key: values.to("cuda") for key, values in batch.items()}
-        output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
+        with Copies() as copies:
+            batch = {key: values.to("cuda") for key, values in batch.items()}
+            assert copies.count == len(batch)
+            output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
+            losses = model.loss(output, batch["mask"])
+            assert copies.count == len(batch)  # none but the batch's own, in forward or loss
         mask = batch["mask"]
-        losses = model.loss(output, mask)
         assert {tensor.device.type for tensor in (output["logits"], *losses.values())} == {"cuda"}
         with pytest.raises(DataDependentOutputException):  # all but reading the counts, which fake tensors don't have
             evaluate.Metrics().update(output["logits"] > 0, mask, [0, 1])
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph_and_learns_the_same():
+    model = small_model("vega").train()
+    target, gradients = torch.rand(2, 64, 64) < 0.2, []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)):
+        model.zero_grad()
+        loss = model.loss(call(*random_batch(model.config)), target)["loss"]
+        loss.backward()
+        gradients.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, gradient), (compiled_loss, compiled) = gradients
+    assert compiled_loss == pytest.approx(loss, rel=1e-6) and (compiled - gradient).norm() < 1e-4 * gradient.norm()
+
+
+class Copies(TorchDispatchMode):
+    """Counts the tensors that are copied from the processor to a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, torch.Tensor)]
+        if "copy" in function.__name__ and result.is_cuda:
+            self.count += any(one.is_cpu for one in tensors)
+        return result
 
 
 def microsoft(weights: dict) -> dict:
@@ -1197,6 +1227,7 @@ def test_processes_nodes_and_micro_batches_train_as_one_process_does(small, tmp_
         ("two, in parts", [launcher(2)], ["--micro-batch", 2]),
         ("four", [launcher(4)], []),
         ("two nodes", [node, node], []),  # both on this machine
+        ("two, compiled", [launcher(2)], ["--micro-batch", 2, "--compile", "aot_eager"]),
     ):
         out = tmp_path / name
         processes = [start(*launch, HERE / "train.py", *flags, *extra, "--out", out) for launch in launches]
@@ -1420,7 +1451,7 @@ WRONG_INPUTS = [
     (evaluate, ["--split", "tetsB"], "no split 'tetsB'; it has train, val, testA, testB"),
     (evaluate, ["--json", "nowhere/x.json"], "there is no folder nowhere"),
     (evaluate, ["--checkpoint", str(HERE / "README.md")], "holds no model of this program, or was cut short"),
-    (evaluate, ["--checkpoint", "nowhere"], "there is no model nowhere: give a file, a run's folder, or a name on the Hugging"),
+    (evaluate, ["--checkpoint", "nowhere"], "there is no model nowhere: give a file, a run's folder, or a name"),
     (evaluate, ["--image", "absent.jpg", "--expression", "red"], "absent.jpg can't be read as an image (FileNotFound"),
     (evaluate, ["--image", str(HERE / "README.md"), "--expression", "red"], "can't be read as an image"),
     (evaluate, ["--image", str(HERE / "assets/shapes.png"), "--expression", " "], "expression is empty"),
@@ -1465,6 +1496,30 @@ def test_cuda_trains_and_scores_as_the_cpu_does(precision, points, train_here, s
     scores = train_here("--max-steps", 4, "--precision", precision, "--device", "cuda")
     flags = ["--data", str(small), "--checkpoint", str(tmp_path / "run"), "--device", "cpu"]
     assert scores["val"]["mIoU"] == pytest.approx(evaluate.main(flags)["val"]["mIoU"], abs=points)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_step_waits_for_the_gpu(precision, small):
+    settings = train.Settings(**{**train.PRESETS["tiny"], "data": str(small), "precision": precision})
+    model, tokenizer = train.build_model(settings, None)
+    model.cuda()
+    optimizer = train.make_optimizer(model, settings)
+    dataset = data.RefDataset("shapes", "train", small, None, tokenizer, 21, 128, training=True)
+    order = train.training_batches(len(dataset), 4, 0, 12, 0)
+    for step, batch in enumerate(list(evaluate.load_batches(dataset, order, 0, torch.device("cuda")))):
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        train.take_step(model, model, optimizer, batch, 2, settings)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_gates_start_small_where_swin_is_pretrained(small, monkeypatch):
+    """As LAVT's; the demo's start is another."""
+    monkeypatch.setattr(train, "load_swin", mock.Mock(return_value=""))
+    for swin, expected in ((None, False), ("a file", True)):
+        settings = train.Settings(**{**train.PRESETS["tiny"], "data": str(small), "swin": swin})
+        gate = train.build_model(settings, None)[0].vision.fusions[1].gate
+        assert all((0.018 < layer.weight.std() < 0.022) == expected for layer in (gate[0], gate[2]))
 
 
 PAPERS_TABLE_5 = """

@@ -73,6 +73,7 @@ class Settings(VEGAConfig):
     seed: int = flag(0, "random seed of starting weights, order, sentences, dropout", lambda n: n >= 0)
     precision: str = flag(None, "ours: bf16 on cards that have it, else fp32", choices=("fp32", "bf16"))
     gradient_checkpointing: bool = flag(False, "compute Swin's blocks again in backward: less memory")
+    compile: str = flag(None, "compile the model for training with this backend, such as inductor", metavar="BACKEND")
     device: str = flag(None, "cpu, cuda or cuda:1; default: cuda if there is one")
     workers: int = flag(4, "processes that load images, for each GPU", lambda n: n >= 0)
     log_every: int = flag(10, "steps between two lines of the log", positive, metavar="STEPS")
@@ -103,12 +104,29 @@ def main(argv: list[str] | None = None) -> dict:
     settings.out = gather(settings.out)[0]  # the clock of rank 0 names the run
     out = Path(settings.out)
     settings.precision = resolve_precision(settings.precision, device)
+    run_training(settings, resumed, device, out)
+
+    # the best model's scores on every split but the training one, and pictures of them
+    model, tokenizer = load_model(out)
+    splits, _ = read_dataset(settings.dataset, settings.data, settings.image_folder)
+    tests = sorted(splits.keys() - {"train", "val"})
+    options = Options(split=["val", *tests], pictures=8, json=out / "metrics.json")
+    options = SimpleNamespace(**{**vars(options), **vars(settings)})
+    scores = score_splits(model.to(device), tokenizer, options, device, out)
+    if RANK == 0:
+        about = {"settings": asdict(settings), "step": read_about(out)["step"], "scores": scores}
+        save_model(out / "best.safetensors", model, tokenizer, **about)
+    tqdm.write(f'segment your own: python evaluate.py --checkpoint {out} --image photo.jpg --expression "the dog"')
+    return scores
+
+
+def run_training(settings: Settings, resumed: dict | None, device: torch.device, out: Path) -> None:
+    """All steps of a run, or those after `resumed`, what last.pt holds."""
     share = settings.batch_size // WORLD  # images a step of this process
     micro_batch = min(settings.micro_batch or share, share)
     if settings.batch_size % WORLD or share % micro_batch:
         way = f"{WORLD} process(es) with {settings.micro_batch or 'all its'} images at a time"
         raise InputError(f"--batch-size {settings.batch_size} does not divide among {way}")
-    micro_batches = share // micro_batch
 
     # data and model
     if RANK:
@@ -140,7 +158,9 @@ def main(argv: list[str] | None = None) -> dict:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     tqdm.write(f"{settings.model} VEGA, {parameters:.1f} M parameters, on {settings.dataset}: {len(train)} objects")
     tqdm.write(f"{total} steps of {settings.batch_size} on {WORLD} x {device.type}, {settings.precision}; run: {out}")
-    parallel = DistributedDataParallel(model) if WORLD > 1 else model
+    if settings.compile:
+        model.compile(backend=settings.compile, dynamic=False)  # every batch has one shape
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     parallel.broadcast_buffers = False  # they are constants; set here, for torch 2.15 deprecates the argument
     order = training_batches(len(train), settings.batch_size, done, total, settings.seed, RANK, WORLD)
     sums, logged, began = defaultdict(float), done, time.perf_counter()  # sums: of the losses since the step `logged`
@@ -151,28 +171,13 @@ def main(argv: list[str] | None = None) -> dict:
         lr = learning_rate(step, total, settings)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
-
-        # one step
         dropout_seed = np.random.default_rng((settings.seed, step, RANK)).integers(2**63)  # the same after --resume
         torch.manual_seed(int(dropout_seed))
-        model.train()
-        optimizer.zero_grad()
-        for first in range(0, share, micro_batch):
-            micro = {name: values[first : first + micro_batch] for name, values in batch.items()}
-            # gradients add up in each process; DDP averages the sums once, in the last micro-batch's backward
-            parallel.require_backward_grad_sync = first + micro_batch == share
-            with autocast(device, settings.precision):
-                output = parallel(micro["image"], micro["input_ids"], micro["attention_mask"])
-            losses = model.loss(output, micro["mask"])
-            (losses["loss"] / micro_batches).backward()
-            for name, loss in losses.items():
-                sums[name] += loss.detach() / micro_batches
-        norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if settings.max_norm:
-            clip_grads_with_norm_(model.parameters(), settings.max_norm, norm)
-        optimizer.step()
+        losses, norm = take_step(model, parallel, optimizer, batch, micro_batch, settings)
+        for name, loss in losses.items():
+            sums[name] += loss
 
-        # what does not happen in every step
+        # what does not happen in every step, and may make a GPU wait
         logging = step % settings.log_every == 0 or step == total
         validating = step % validate_every == 0 or step == total
         saving = step % settings.checkpoint_every == 0 or validating
@@ -200,19 +205,34 @@ def main(argv: list[str] | None = None) -> dict:
                 save_last(out / "last.pt", model, optimizer, tokenizer, step, best, settings)
             gather()  # none goes on before it is written
 
-    # the best model's scores on every split but the training one, and pictures of them
-    del model, parallel, optimizer
-    model, tokenizer = load_model(out)
-    splits, _ = read_dataset(settings.dataset, settings.data, settings.image_folder)
-    tests = sorted(splits.keys() - {"train", "val"})
-    options = Options(split=["val", *tests], pictures=8, json=out / "metrics.json")
-    options = SimpleNamespace(**{**vars(options), **vars(settings)})
-    scores = score_splits(model.to(device), tokenizer, options, device, out)
-    if RANK == 0:
-        about = {"settings": asdict(settings), "step": read_about(out)["step"], "scores": scores}
-        save_model(out / "best.safetensors", model, tokenizer, **about)
-    tqdm.write(f'segment your own: python evaluate.py --checkpoint {out} --image photo.jpg --expression "the dog"')
-    return scores
+
+def take_step(
+    model: VEGA, parallel: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict, micro_batch: int,
+    settings: Settings,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # fmt: skip
+    """One step on this process's share of a batch; returns the losses and the gradient's norm, before it is clipped.
+
+    parallel: the model, or DDP around it. Nothing here makes a GPU wait.
+    """
+    share = len(batch["image"])
+    micro_batches, sums = share // micro_batch, defaultdict(float)
+    model.train()
+    optimizer.zero_grad()
+    with autocast(batch["image"].device, settings.precision):  # around all, so that weights are cast once
+        for first in range(0, share, micro_batch):
+            micro = {name: values[first : first + micro_batch] for name, values in batch.items()}
+            # gradients add up in each process; DDP averages the sums once, in the last micro-batch's backward
+            parallel.require_backward_grad_sync = first + micro_batch == share
+            output = parallel(micro["image"], micro["input_ids"], micro["attention_mask"])
+            losses = model.loss(output, micro["mask"])
+            (losses["loss"] / micro_batches).backward()
+            for name, loss in losses.items():
+                sums[name] += loss.detach() / micro_batches
+    norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if settings.max_norm:
+        clip_grads_with_norm_(model.parameters(), settings.max_norm, norm)
+    optimizer.step()
+    return sums, norm
 
 
 # What main calls, in its order
@@ -241,7 +261,7 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
             if "epochs" in typed:
                 before["max_steps"] = None
             with input_errors(f"{last} is not of this program, or not whole"):
-                resumed = torch.load(last, map_location="cpu", weights_only=True)
+                resumed = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
             return Settings(**{**before, **typed, "out": str(last.parent)}), resumed
     elif out and any((out / file).exists() for file in ("last.pt", "best.safetensors", "metrics.json")):
         raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or delete it")
@@ -285,6 +305,8 @@ def build_model(settings: Settings, resumed: dict | None) -> tuple[VEGA, BertTok
         tqdm.write(f"BERT: {len(bert.state_dict())} tensors from {settings.bert}; VEGA has no pooler")
     if source:
         tqdm.write(load_swin(model.vision.swin, source, settings.window_size))
+        for layer in (layer for fusion in model.vision.fusions if fusion.gate for layer in fusion.gate[::2]):
+            torch.nn.init.trunc_normal_(layer.weight, std=0.02)  # LAVT: a pretrained Swin is hardly disturbed at first
     return model, tokenizer
 
 

@@ -1,113 +1,117 @@
-"""Time and memory of VEGA, at random weights, beside its two encoders alone.
+"""Time and memory of train.py's own step: from images on the disk to the updated weights, and without loading.
 
-    python -m studies.benchmark                                      the demo's model, one image
-    python -m studies.benchmark --model base --batch-size 4 --precision bf16
+    python -m studies.benchmark                                      the demo's model
+    python -m studies.benchmark --model base --batch-size 4 --precision bf16 --workers 4 --compile inductor
 
-Images are at hand: nothing is loaded. It uses a GPU if there is one.
+Random weights, 60 JPEGs of 640 x 480, three polygons of sixty points a mask. It uses a GPU if there is one.
 """
 
 import argparse
-import multiprocessing
-import os
-import re
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+import json
+import statistics
+import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-import evaluate
-from model import TINY, VEGA, VEGAConfig
-
-
-class Encoders(VEGA):
-    """VEGA's own Swin and BERT without what VEGA adds: the least that an image and a sentence cost."""
-
-    def forward(self, image, input_ids, attention_mask) -> list:
-        words = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return [words, self.vision.swin.forward_features((image / 255 - self.mean) / self.std)]
-
-    def loss(self, output: list, mask) -> dict:
-        return {"loss": sum(features.float().mean() for features in output)}
+from data import RefDataset, make_tokenizer
+from evaluate import autocast, load_batches, pick_device
+from model import VEGA, VEGAConfig
+from train import PRESETS, Settings, make_optimizer, take_step, training_batches
 
 
-def random_inputs(config: VEGAConfig, batch_size: int, device: torch.device) -> list:
-    image = torch.randint(0, 256, (batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8)
-    ids = torch.randint(5, config.bert_config["vocab_size"], (batch_size, config.max_tokens))
-    return [tensor.to(device) for tensor in (image, ids, torch.ones_like(ids))]
+def write_images(folder: Path) -> None:
+    """A dataset in the own-data format, as heavy to load as RefCOCO."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480))
+    refs, angles = [], np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    (folder / "images").mkdir()
+    for i in range(60):
+        noise.save(folder / "images" / f"{i}.jpg", quality=90)
+        center, radius = rng.uniform((150, 150), (490, 330), (3, 1, 2)), rng.uniform(40, 120, (3, 1, 1))
+        polygons = center + radius * np.stack([np.cos(angles), np.sin(angles)], 1)  # [3, 60, 2]
+        one = {"image_id": f"{i}.jpg", "split": "train", "sentences": ["the thing on the left"]}
+        refs.append({**one, "segmentation": polygons.round(2).reshape(3, -1).tolist()})
+    (folder / "instances.json").write_text(json.dumps({"images": [{"file_name": f"{i}.jpg"} for i in range(60)]}))
+    (folder / "refs.json").write_text(json.dumps(refs))
 
 
-def training_step(model: torch.nn.Module, inputs: list, precision: str):
-    """A function that takes one step of AdamW."""
-    optimizer, mask = torch.optim.AdamW(model.parameters(), 1e-5, fused=True), inputs[0][:, 0] > 200
-
-    def step():
-        optimizer.zero_grad()
-        with evaluate.autocast(mask.device, precision):
-            output = model.train()(*inputs)
-        model.loss(output, mask)["loss"].backward()
-        optimizer.step()
-
-    return step
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def milliseconds(function) -> float:
-    """The median time of a call on all cores."""
-    from torch.utils.benchmark import Timer  # which looks for CUDA's compiler as it is imported, and warns
+def milliseconds(function, device: torch.device, calls: int) -> float:
+    """The median of some calls, after three that are not counted."""
+    times = []
+    for _ in range(calls + 3):
+        wait(device)
+        began = time.perf_counter()
+        function()
+        wait(device)
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times[3:])
 
-    timer = Timer("function()", globals={"function": function}, num_threads=os.cpu_count())
-    return 1e3 * timer.blocked_autorange(min_run_time=5).median
 
-
-def peak_of_a_step(config: VEGAConfig, checkpointing: bool, batch_size: int, precision: str) -> float:
-    """MB that it takes beyond those of a process without a model; to be called in a process of its own."""
-    device = evaluate.pick_device(None)
-
-    def peak() -> float:  # not of getrusage, which may tell the parent's
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device) / 1e6
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
-
-    before, model = peak(), VEGA(config).to(device)
-    model.vision.swin.set_grad_checkpointing(checkpointing)
-    step = training_step(model, random_inputs(config, batch_size, device), precision)
-    step(), step()
-    return peak() - before
+def busy_share(function, device: torch.device) -> float:
+    """Of the time of ten steps, the share in which the GPU worked."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        began = time.perf_counter()
+        for _ in range(10):
+            function()
+        wait(device)
+        seconds = time.perf_counter() - began
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / seconds
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("tiny", "base"), default="tiny")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--model", choices=PRESETS, default="tiny")
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--compile", metavar="BACKEND", help="such as inductor")
+    parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args(argv)
-    device, config = evaluate.pick_device(None), VEGAConfig(**TINY if args.model == "tiny" else {})
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} threads"
-    print(f"{args.model}, batch {args.batch_size}, {args.precision}, {device.type}, {hardware}")
-    weights = sum(p.nbytes for p in VEGA(config).parameters()) / 1e6
-    for checkpointing in (False, True):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            peak = process.submit(peak_of_a_step, config, checkpointing, args.batch_size, args.precision).result()
-        parts = f"weights {weights:.0f}, gradients {weights:.0f}, optimiser {2 * weights:.0f}"
-        print(f"step, {checkpointing=}, MB: {parts}, activations {peak - 4 * weights:.0f}, peak {peak:.0f}")
+    device = pick_device(None)
+    settings = Settings(**{**PRESETS[args.model], "batch_size": args.batch_size, "precision": args.precision})
+    tokenizer = make_tokenizer(["the thing on the left"])
+    model = VEGA(VEGAConfig(**{name: getattr(settings, name) for name in VEGAConfig.__dataclass_fields__})).to(device)
+    optimizer = make_optimizer(model, settings)
+    if args.compile:
+        model.compile(backend=args.compile, dynamic=False)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    compiled = f"compiled by {args.compile}" if args.compile else "not compiled"
+    print(f"{args.model}, batch {args.batch_size}, {args.precision}, {compiled}, {device.type}, {hardware}")
 
-    print(f"{'':<36}" + "".join(f"{part:>10}{'ratio':>7}{'images/s':>10}" for part in ("forward", "step")))
-    least, words_only = None, replace(config, variant="enhanced-linguistic")
-    models = {"two encoders alone": Encoders(config), "VEGA": VEGA(config), "no visual expression": VEGA(words_only)}
-    inputs = random_inputs(config, args.batch_size, device)
-    for label, model in models.items():
-        step = training_step(model.to(device), inputs, args.precision)
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder))
+        dataset = RefDataset(folder, "train", "data", None, tokenizer, settings.max_tokens, settings.image_size, True)
+        order = training_batches(len(dataset), args.batch_size, 0, args.steps + 4, 0)
+        batches = load_batches(dataset, order, args.workers, device)
+        batch = next(batches)
+        inputs = {name: batch[name] for name in ("image", "input_ids", "attention_mask")}
+
+        def step(batch=batch):
+            return take_step(model, model, optimizer, batch, args.batch_size, settings)
 
         def forward():
-            with evaluate.autocast(device, args.precision), torch.inference_mode():
-                model.eval()(*inputs)
+            with autocast(device, args.precision), torch.inference_mode():
+                model.eval().forward(**{name: values[:1] for name, values in inputs.items()})
 
-        times = milliseconds(forward), milliseconds(step)
-        least = least or times
-        row = f"{label:<36}"
-        for ms, first in zip(times, least):
-            row += f"{ms:>7.0f} ms{ms / first:>7.2f}{1e3 * args.batch_size / ms:>10.2f}"
-        print(row)
+        def report(label, ms, images):
+            print(f"{label:<36}{ms:>9.1f} ms{1e3 * images / ms:>9.1f} images/s")
+
+        loading = milliseconds(lambda: step(next(batches)), device, args.steps)
+        report("a step, loading included", loading, args.batch_size)
+        report("a step on one batch", milliseconds(step, device, args.steps), args.batch_size)
+        report("forward of one image", milliseconds(forward, device, args.steps), 1)
+        if device.type == "cuda":
+            print(f"the GPU works {100 * busy_share(step, device):.0f} % of a step's time")
+            print(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":
