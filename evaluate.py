@@ -397,6 +397,7 @@ def push(name: str, file: Path) -> None:
 
 
 def model_card(name: str, about: dict) -> str:
+    """docs/model_card.md, filled in."""
     settings, config = about["settings"], VEGAConfig(**about["config"])
     lines = [f"| split | {' | '.join(COLUMNS)} | sentences |", "| --- " * (len(COLUMNS) + 2) + "|"]
     for split, scores in about["scores"].items():
@@ -406,40 +407,10 @@ def model_card(name: str, about: dict) -> str:
             cells = [f"{paper[column]:.2f}" if column in paper else "" for column in COLUMNS]
             lines.append(f"| the paper's {split} | {' | '.join(cells)} | |")
     here = ("data", "image_folder", "device", "workers", "out", "resume", "init")  # of the machine, not of the model
-    settings = json.dumps({key: value for key, value in settings.items() if key not in here}, indent=1)
-    return CARD.format(name=name, dataset=about["settings"]["dataset"], scores="\n".join(lines), settings=settings)
-
-
-CARD = """---
-license: mit
-pipeline_tag: image-segmentation
-tags: [vega, referring-expression-segmentation]
----
-# {name}
-
-Given an image and an expression, this model segments the object that the expression names. It was trained on
-`{dataset}` with an open implementation of VEGA (Visual Expression Guidance for Referring Expression Segmentation).
-The authors of the paper had no part in it.
-
-```python
-import evaluate  # of the implementation, in its folder
-segment = evaluate.load("{name}")
-mask = segment("photo.jpg", "the dog")  # bool [height, width]
-```
-
-Scores in per cent, as the training run measured them, once, at the model's input size: every sentence of every object.
-
-{scores}
-
-Not checked: other data than this, other languages than that of its sentences, fairness, and any use that matters to
-people. The code has the MIT licence; the data, and pretrained weights if there were any, have terms of their own.
-
-Settings:
-
-```json
-{settings}
-```
-"""
+    dataset = Path(settings["dataset"]).name
+    shown = {key: value for key, value in settings.items() if key not in here} | {"dataset": dataset}
+    card = (Path(__file__).parent / "docs" / "model_card.md").read_text()
+    return card.format(name=name, dataset=dataset, scores="\n".join(lines), settings=json.dumps(shown, indent=1))
 
 
 # The command
