@@ -10,7 +10,8 @@ FOLDER/{instances.json, refs.json or refs*.p, images/}     any other dataset: --
 
 instances.json: {"images": [{"file_name", "id"?, "height"?, "width"?}], "annotations"?: [{"id", "segmentation"}]}
 refs: [{"image_id", "split", "sentences": ["text"] or [{"raw": "text"}], "segmentation" or "ann_id"}]
-"?": may be missing. An image without an id has its file_name for it.
+"?": may be missing. An image without an id has its file_name for it. "split": train and val are needed, others are
+tests. file_name: below images/. Where to get RefCOCO: docs/data.md.
 """
 
 import argparse
@@ -264,7 +265,7 @@ def read_dataset(name: str, data: str, image_folder: str | None = None) -> tuple
     instances_file = refs_file.with_name("instances.json")
     for file in (instances_file, refs_file):
         if not file.is_file():
-            raise InputError(f"{file} is missing: see 'RefCOCO' or 'Your own data' in the README, or --dataset shapes")
+            raise InputError(f"{file} is missing: see docs/data.md, or take --dataset shapes")
     refs = read_refs(refs_file)
     with input_errors(f"{instances_file} is not JSON, or it or {refs_file} is not in REFER's format"):
         instances = json.loads(instances_file.read_bytes())
@@ -321,7 +322,7 @@ class RefDataset(torch.utils.data.Dataset):
 
     Each item is a dict of "image" uint8 [3, S, S], "mask" bool [S, S], "input_ids" and "attention_mask"
     int64 [T] (T: tokens of the split's longest sentence), "index" the number of the sentence in `expressions`.
-    Without a tokenizer, items have no tokens.
+    Without a tokenizer, items have no tokens. LAVT: no augmentation; yours goes to the comment in `__getitem__`.
     """
 
     def __init__(
@@ -356,7 +357,7 @@ class RefDataset(torch.utils.data.Dataset):
             size = self.image_size, self.image_size
             mask = Image.fromarray(self.mask(index)).resize(size, Image.Resampling.NEAREST)
             self.drawn = self.owners[index], torch.from_numpy(np.array(mask))
-        # an augmentation would stand here: it must change mask and image alike, and leave self.decoded and drawn alone
+        # an augmentation goes here: it must change mask and image alike, and leave self.decoded and self.drawn alone
         tokens = {name: values[index] for name, values in self.tokens.items()}
         return {"image": self.decoded[1], "mask": self.drawn[1], **tokens, "index": index}
 
@@ -468,7 +469,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", required=True, metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder")
     parser.add_argument("--data", default="data", metavar="DIR", help="where the datasets are (default: data)")
-    parser.add_argument("--image-folder", metavar="DIR", help="where the images are, if not where the README says")
+    parser.add_argument("--image-folder", metavar="DIR", help="where the images are, if not where it says above")
     parser.add_argument("--all", action="store_true", help="decode every image and mask, not a sample of 200")
     args = parser.parse_args(argv)
     if not check(args.check, args.data, args.image_folder, args.all):

@@ -99,11 +99,14 @@ def resolve_precision(precision: str | None, device: torch.device) -> str:
 
 
 def gather(value=None) -> list:
-    """The value of each process, by rank. All must call it, and none returns before: a barrier, too."""
+    """The value of each process, by rank. All must call it, and none returns before all have called."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+wait_for_all = gather
 
 
 def load_batches(dataset: RefDataset, batches, workers: int, device: torch.device):
@@ -193,13 +196,13 @@ class Metrics:
     """P@0.5 to P@0.9, mIoU and oIoU (Sec. 4.1), the same however the samples are dealt to processes."""
 
     def __init__(self):
-        self.samples = []  # dicts: "index", "intersection" and "union" in pixels of the image, "iou"
+        self.samples = []  # dicts: "index", "iou", "intersection" and "union" in pixels of the compared masks
 
     def update(self, prediction: torch.Tensor, target: torch.Tensor, indices: list[int]):
-        """Count the samples of these numbers; their masks are bool [B, H, W] both, and the counts are copied once."""
+        """prediction, target: bool [B, H, W]; indices: the samples' numbers. The GPU is waited for once."""
         counts = torch.stack([(prediction & target).sum((1, 2)), (prediction | target).sum((1, 2))], dim=1).tolist()
         for index, (intersection, union) in zip(indices, counts):
-            iou = intersection / union if union else 0.0  # LAVT: 0
+            iou = intersection / union if union else 0.0  # LAVT: 0 where both are empty
             self.samples.append({"index": index, "iou": iou, "intersection": intersection, "union": union})
 
     def compute(self) -> dict:
@@ -214,12 +217,12 @@ class Metrics:
 
 
 def paper_scores(config: VEGAConfig, dataset: str, split: str) -> dict:
-    """The paper's scores of a base model with this variant and ratio, as `Metrics.compute` names them; may be empty."""
+    """The paper's scores of a base model with this variant and ratio, as `Metrics.compute` names them; or none."""
     rows = {("refcoco", "val", name, 0.3): (v.mIoU, v.oIoU) for name, v in VARIANTS.items() if v.oIoU}
     rows |= {("refcoco", "val", "vega", ratio): scores for ratio, scores in RATIOS.items()}
     rows |= {(*of, "vega", 0.3): scores for of, scores in TABLE_5.items()}
     scores = rows.get((dataset, split, config.variant, config.ratio), ())
-    return dict(zip(reversed(COLUMNS), reversed(scores)))
+    return dict(zip(reversed(COLUMNS), reversed(scores)))  # a shorter row is mIoU and oIoU, the last columns
 
 
 def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
@@ -253,7 +256,7 @@ def evaluate(
     loader = load_batches(dataset, batches, workers, device)
     for batch in tqdm(loader, dataset.split, len(batches), leave=False, unit="batch", disable=bool(RANK) or None):
         with autocast(device, precision):
-            # forward: also where the model is compiled, for training's shapes
+            # .forward, since calling a compiled model would compile it again, for these shapes
             logits = model.forward(batch["image"], batch["input_ids"], batch["attention_mask"])["logits"]
         indices = batch["index"].tolist()
         if resolution == "input":
@@ -319,8 +322,8 @@ def draw_pictures(
                           to [CLS] (bright: most), the pixels that [CLS] selected
     words-NAME.png        the sample in the middle: the pixels that each token selected (as in Figure 3), and a PCA of
                           its pixels' and tokens' features (Figure 5: t-SNE)
-    expressions-NAME.png  the image in the middle under each expression of all its objects (Figures 7 and 9: of one)
-    ratios-NAME.png       the sample in the middle; ours: one model that selects 10, 30, 50 or 80 % (Figure 4)
+    expressions-NAME.png  that sample's image, a row for each expression of its objects (Figures 7 and 9: of one object)
+    ratios-NAME.png       that sample, the model made to select 10, 30, 50 and 80 % (Figure 4; ours: not trained anew)
     """
 
     def draw_sample(index: int) -> tuple[str, list]:
@@ -442,12 +445,12 @@ class Options:
     per_sample: str = flag(None, "write a JSON line for each sample: ids, expression, IoU, its counts", metavar="FILE")
     pictures: int = flag(0, "draw N samples of each split, what each word selects, and more", metavar="N")
     shuffle_expressions: bool = flag(False, "give each sample the expression of another image")
-    push: str = flag(None, "upload the model, with a card, to the Hugging Face Hub under this name", metavar="ME/NAME")
+    push: str = flag(None, "upload model, settings and a card to the Hugging Face Hub: public", metavar="ME/NAME")
     image: list = flag(None, "segment these images, or a folder's, instead of a dataset", nargs="+", type=str)
     expression: list = flag(None, "what to segment in them, one or more", nargs="+", type=str)
     dataset: str = flag(None, f"{', '.join(DATASETS)}, or a folder", metavar="NAME")
     data: str = flag(None, "where the datasets with a name are", metavar="DIR")
-    image_folder: str = flag(None, "where the dataset's images are, if not where the README says", metavar="DIR")
+    image_folder: str = flag(None, "where the dataset's images are, if not where data.py says", metavar="DIR")
     device: str = flag(None, "cpu, cuda or cuda:1; default: cuda if there is one")
     precision: str = flag(None, "fp32 with --image, else as in training", choices=("fp32", "bf16"))
 
@@ -477,6 +480,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     about = read_about(file)
     if options.dataset not in (None, about["settings"]["dataset"]):
         about["settings"]["image_folder"] = None  # it was another dataset's
+    # what was typed counts first, then the training's settings (also workers and model), then the defaults
     options = SimpleNamespace(**{**vars(options), **about["settings"], **typed})
     options.precision = resolve_precision(options.precision, device)
     print(f"{file}, step {about['step']}" + ", expressions shuffled" * options.shuffle_expressions)

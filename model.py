@@ -2,7 +2,7 @@
 
     expression --> BERT --> tokens                                                                Sec. 3.1
     image --> Swin stages 1..4, each followed by EarlyFusion with the tokens --> F_1 .. F_4       Sec. 3.1
-    tokens --> cross-attention to F_v (F_4 projected to D channels) --> Q_l, enhanced             Table 2, last row
+    tokens --> cross-attention to F_v (F_4 projected to D channels) --> Q_l, enhanced             Table 2, rows 2, 3
     F_v, Q_l --> VISBlock --> guidance set G = {Q_l, Q_v}                                         Sec. 3.2
     F_4 .. F_1, G --> Decoder --> logits                                                          Sec. 3.3
 
@@ -49,18 +49,18 @@ class VEGAConfig:
     "ours" and "LAVT": see selection.py. Raises InputError if a value is out of range, or if values don't fit together.
     """
 
-    image_size: int = flag(480, "pixels a side; the image is squeezed to this square")
+    image_size: int = flag(480, "pixels a side; the image is squeezed to this square (LAVT)")
     embed_dim: int = flag(128, "Swin-B: channels at stage 1; they double at every stage")
     depths: tuple = flag((2, 2, 18, 2), "Swin-B: blocks of each stage", type=int, nargs="+")
     swin_heads: tuple = flag((4, 8, 16, 32), "Swin-B: attention heads of each stage", type=int, nargs="+")
     window_size: int = flag(12, "LAVT: patches a side of a window; 12 as in the Swin-B pretrained at 384 x 384")
-    drop_path: float = flag(0.3, "LAVT: stochastic depth of the last Swin block, below 1", lambda p: 0 <= p < 1)
+    drop_path: float = flag(0.3, "LAVT: drop rate of the last Swin block, rising from 0", lambda p: 0 <= p < 1)
     coordinates: bool = flag(False, "ours: add the image's coordinates to the patch embedding")
     bert_config: dict = flag(None, "JSON: BERT's sizes where they differ from BERT-base's", type=json.loads)
-    max_tokens: int = flag(MAX_TOKENS, "of an expression, with [CLS] and [SEP]; a longer one is cut", lambda n: n > 2)
+    max_tokens: int = flag(MAX_TOKENS, "ours: most tokens of an expression, with [CLS] and [SEP]", lambda n: n > 2)
     variant: str = flag("vega", "vega or an ablation, listed at the end of --help", metavar="NAME", choices=VARIANTS)
     ratio: float = flag(0.3, "share of the pixels that each token selects, up to 1 (Table 6)", lambda r: 0 < r <= 1)
-    attention_heads: int = flag(8, "ours: of enhancement, VIS block and decoder; early fusion has one", lambda n: n > 0)
+    attention_heads: int = flag(8, "ours: attention heads in enhancement, VIS block, decoder", lambda n: n > 0)
     decoder_width: int = flag(256, "ours: the decoder's channels, a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
     dropout: float = flag(0.1, "ours: in BERT, enhancement and VIS block; below 1", lambda p: 0 <= p < 1)
     contrastive: float = flag(0.5, "ours: weight of Eq. 5 beside the mask's cross-entropy", lambda w: w >= 0)
@@ -82,8 +82,8 @@ class VEGAConfig:
             raise InputError(f"--image-size is {self.image_size}, but must be a multiple of 4 and at least {least}")
 
 
-# Ours, for the generated shapes: three stages turn 128 x 128 pixels into a map of 8 x 8 to select from. The loss is not
-# the paper's: with a Dice term and ten times the weight of Eq. 5, small targets are found sooner from random weights.
+# Ours, for the generated shapes: three stages turn 128 x 128 pixels into a map of 8 x 8 to select from. The loss is
+# not the base preset's: with a Dice term, and Eq. 5 at 5 instead of 0.5, targets are found sooner from random weights.
 TINY = dict(
     image_size=128, embed_dim=24, depths=(1, 2, 2), swin_heads=(4, 4, 4), window_size=4, drop_path=0.0,
     coordinates=True, attention_heads=2, decoder_width=32, dropout=0.0, contrastive=5.0, dice=1.0,
@@ -197,8 +197,9 @@ class VisionEncoder(nn.Module):
 class Decoder(nn.Module):
     """From the last stage to the first: attend to the guidance set, upsample, concatenate the encoder's map (Sec. 3.3).
 
-    Ours: the width; on each concatenation a linear layer (written as project_x plus project_skip), a 3 x 3 convolution
-    and GroupNorm in groups of 8 channels (BatchNorm would make several processes differ from one).
+    Ours: the width; on each concatenation a linear layer, a 3 x 3 convolution and GroupNorm in groups of 8 channels
+    (BatchNorm would make several processes differ from one). There is no torch.cat: a linear layer on cat(x, skip) is
+    computed as project_x(x) + project_skip(skip).
     """
 
     def __init__(self, vision_dims: list[int], guidance_dim: int, width: int, num_heads: int):
@@ -213,7 +214,7 @@ class Decoder(nn.Module):
             for _ in skip_dims
         )
         self.convolutions.to(memory_format=torch.channels_last)  # the maps are channels-last in memory
-        self.head = nn.Linear(width, 1)
+        self.head = nn.Linear(width, 1)  # one logit for the binary cross-entropy; ours: above 0 is the target
 
     def forward(self, features: list[Tensor], G: Tensor, mask_G: Tensor) -> Tensor:
         """features [B, H_i, W_i, C_i] with stride 4 first, G [B, R, D], mask_G [B, R] -> logits [B, H / 4, W / 4]."""
@@ -222,8 +223,7 @@ class Decoder(nn.Module):
         x = self.attentions[0](self.project(last).flatten(1, 2), G, bias).unflatten(1, last.shape[1:3])
         joins = zip(reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:])
         for skip, project_x, project_skip, convolution, attention in joins:
-            # A linear layer on the concatenation of x and skip equals one on x plus one on skip. The one on x runs
-            # before the upsampling: the same result, on a quarter of the pixels.
+            # project_x runs before the upsampling: the same result, on a quarter of the pixels
             x = F.interpolate(project_x(x).permute(0, 3, 1, 2), skip.shape[1:3], mode="bilinear")
             x = convolution(x + project_skip(skip).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H_i, W_i, width]
             x = attention(x.flatten(1, 2), G, bias).unflatten(1, skip.shape[1:3])
@@ -279,9 +279,9 @@ class VEGA(nn.Module):
         features = self.vision(image, tokens, attention_mask)  # [B, H_i, W_i, C_i] of each stage
         F_v, Q_l = None, tokens  # Sec. 3.1: Q_l is BERT's
         if self.enhance is not None:  # not in Table 2, row 1
-            with torch.autocast(image.device.type, enabled=False):  # in fp32, as the similarities that stand on it
+            with torch.autocast(image.device.type, enabled=False):  # ours: in fp32, for the similarities
                 F_v = self.project_F_v(features[-1].float().flatten(1, 2))  # [B, N, D]; ours: the last stage, projected
-            # Table 2, last row: the tokens are enhanced. Ours: they are so before they select, and as Q_l they enter G
+            # Table 2, rows 2 and 3. Sec. 3 selects with BERT's tokens; ours: from here on the enhanced ones are Q_l
             Q_l = self.enhance(tokens, F_v)  # [B, T, D] each token looks at every pixel
         selection = self.vis(F_v, Q_l, attention_mask)
         logits = self.decoder(features, selection.G, selection.mask_G)  # [B, H / 4, W / 4]

@@ -8,10 +8,11 @@
     R  any other number of tokens or pixels
 
 Each token selects the K pixels that are most similar to it and gathers them into one token of the *visual expression*.
-As in the paper, a "pixel" here is one of the N places of F_v, not a pixel of the image.
+As in the paper, a "pixel" of the VIS block is one of the N places of F_v, not a pixel of the image.
 
 In all files, "ours" marks what this code chose itself: the paper is silent, or we differ from it or add to it. A name
-such as "LAVT" or "CLIP" marks a choice that was taken from that work. What has no mark is the paper's.
+such as "LAVT" or "CLIP" marks a choice that was taken from that work. What has no mark is the paper's, or no matter of
+method. Your own variant: see `Stepwise`. Your own decoder: in the place of Decoder in VEGA (model.py).
 """
 
 import math
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-MAX_TOKENS = 21  # of an expression, with [CLS] and [SEP]; a longer one is cut. The paper: 21 words with [CLS]
+MAX_TOKENS = 21  # of an expression; a longer one is cut. Ours: [SEP] and pieces of words count. The paper: 21 words
 
 
 class Selection(NamedTuple):
@@ -68,7 +69,7 @@ class AttentionLayer(nn.Module):
 
 
 class VISBlock(nn.Module):
-    """Algorithm 1 in its order, under its comments.
+    """Algorithm 1, line by line: the comments in `forward` without a mark are the algorithm's own.
 
     One step is written another way: the weighted sum is a matrix product, so that nothing is expanded to [B, T, N, D].
 
@@ -81,7 +82,7 @@ class VISBlock(nn.Module):
       than e^2 = 7.4 times another.
     """
 
-    selectors = "all"  # the tokens that select; an ablation may differ, see SELECTORS
+    selectors = "all"  # the tokens that select, for the pictures; ablations differ, see SELECTORS
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -148,11 +149,11 @@ INITIAL_LOG_TAU = math.log(0.07)  # ours: tau starts at CLIP's 0.07; the model l
 
 
 def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Tensor:
-    """Eq. 5, in fp32. Ours: s is enlarged to the mask's size; the loss is the mean over all pixels, Z+ and Z- together.
+    """Eq. 5, in fp32. Ours: s is enlarged to the mask's size; the loss is the mean over its pixels, Z+ and Z- together.
 
     Args:
-        s: [B, h, w] the row of [CLS] in S, as a map. Ours: so we read Sec. 4.3.5, "the similarity score map obtained by
-            the global context token". Sec. 3.2 says "for the global visual token v_1", whose pixels this row selects.
+        s: [B, h, w] the row of [CLS] in S, as a map. The paper calls it the map "for the global visual token v_1" (Sec.
+            3.2) and "obtained by the global context token" (Sec. 4.3.5). Ours: both mean this row; it selects for v_1.
         target: [B, H, W] the ground-truth masks, 1 (or True) in Z+ and 0 in Z-.
         tau: temperature, positive.
     """
@@ -163,15 +164,18 @@ def pixel_contrastive_loss(s: Tensor, target: Tensor, tau: Tensor | float) -> Te
 
 # The ablations
 
-SELECTORS = {"all": slice(None), "words": slice(1, None), "[CLS]": slice(0, 1), "none": slice(0, 0)}  # of the tokens
+# Positions of the tokens that select; "words" are all but [CLS], so [SEP] and padding, too
+SELECTORS = {"all": slice(None), "words": slice(1, None), "[CLS]": slice(0, 1), "none": slice(0, 0)}
 
 
 class Stepwise(nn.Module):
     """Algorithm 1 cut into methods, so that an ablation can replace one. `vega` runs VISBlock, the one to read.
 
-    With no step overridden both return the same, bit for bit. Your own variant: a class that overrides a step, or
-    `express` if the steps do not fit, and names in `layers` what it uses (a parameter without a gradient stops
-    torchrun); then a row of VARIANTS, `"mine": Variant("ours", "what differs", None, None, Mine)`, and --variant mine.
+    With no step overridden both return the same, bit for bit. To add your own:
+    1. Derive a class and override a step, or `visual_expression` if the steps do not fit.
+    2. List in `layers` what it uses: a parameter without a gradient stops torchrun.
+    3. If it returns no S and M: `selectors = "none"`. If S has no row of [CLS] first: eq5=False in its row.
+    4. Add a row to VARIANTS, `"mine": Variant("ours", "what differs", None, None, Mine)`; train with --variant mine.
     To change VEGA itself, change the step here and in VISBlock, so that each ablation differs from it in one thing.
     """
 
@@ -186,22 +190,23 @@ class Stepwise(nn.Module):
             self.add_module(name, AttentionLayer(dim, num_heads, dropout=dropout) if attention else nn.Linear(dim, dim))
 
     def forward(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> Selection:
-        Q_v, mask_v, S, M = self.express(F_v, Q_l, mask_l)
+        Q_v, mask_v, S, M = self.visual_expression(F_v, Q_l, mask_l)
         return Selection(torch.cat([Q_l, Q_v], dim=1), torch.cat([mask_l, mask_v], dim=1), S, M)
 
-    def express(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:  # -> Q_v [B, R, D], its mask [B, R], S, M
+    def visual_expression(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
+        """Q_v [B, R, D], its mask [B, R], and S and M, each [B, R, N] or None."""
         selecting = SELECTORS[self.selectors]  # R tokens select
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
-            S = self.compare(F_v, Q_l[:, selecting])
+            S = self.similarities(F_v, Q_l[:, selecting])
             M = self.select(S)
             M_hat = M * 1e4 - 1e4
             S_norm = self.normalise(S, M_hat)
             E = self.pool(M, S_norm, F_v)
-        Q_v = self.extract(E, F_v, M_hat)
-        return self.relate(Q_v, mask_l[:, selecting]), mask_l[:, selecting], S, M
+        Q_v = self.cross_attend(E, F_v, M_hat)
+        return self.self_attend(Q_v, mask_l[:, selecting]), mask_l[:, selecting], S, M
 
-    def compare(self, F_v: Tensor, tokens: Tensor) -> Tensor:  # Eq. 1 -> S [B, R, N]
+    def similarities(self, F_v: Tensor, tokens: Tensor) -> Tensor:  # Eq. 1 -> S [B, R, N]
         return F.normalize(self.proj_l(tokens), dim=-1) @ F.normalize(self.proj_v(F_v), dim=-1).mT
 
     def rank(self, S: Tensor) -> Tensor:  # -> rank_index [B, R, K]
@@ -216,10 +221,10 @@ class Stepwise(nn.Module):
     def pool(self, M: Tensor, S_norm: Tensor, F_v: Tensor) -> Tensor:  # Eq. 4 -> E [B, R, D]
         return (M * S_norm) @ F_v / M.sum(-1, keepdim=True).clamp(min=1)  # M.sum is K; see also SigmoidThreshold
 
-    def extract(self, E: Tensor, F_v: Tensor, M_hat: Tensor) -> Tensor:  # Eq. 4 -> Q_v [B, R, D]
+    def cross_attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor) -> Tensor:  # Eq. 4 -> Q_v [B, R, D]
         return self.cross_attention(E, F_v, M_hat)
 
-    def relate(self, Q_v: Tensor, mask: Tensor) -> Tensor:  # -> Q_v [B, R, D]
+    def self_attend(self, Q_v: Tensor, mask: Tensor) -> Tensor:  # -> Q_v [B, R, D]
         return self.self_attention(Q_v, Q_v, padding_bias(mask))
 
 
@@ -228,7 +233,7 @@ class LinguisticGuidance(Stepwise):
 
     layers, selectors = (), "none"
 
-    def express(self, F_v: Tensor | None, Q_l: Tensor, mask_l: Tensor) -> tuple:
+    def visual_expression(self, F_v: Tensor | None, Q_l: Tensor, mask_l: Tensor) -> tuple:
         return Q_l[:, :0], mask_l[:, :0], None, None  # no visual token: G [B, T, D]
 
 
@@ -237,22 +242,22 @@ class AllPixels(Stepwise):
 
     layers, selectors = (), "none"
 
-    def express(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
+    def visual_expression(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
         return F_v, mask_l.new_ones(F_v.shape[:2]), None, None
 
 
 class TopKPixels(Stepwise):
-    """Table 3a, row 2: the K pixel tokens that [CLS] selects enter G as they are, [B, T + K, D].
+    """Table 3a, row 2: the K pixel tokens that [CLS] selects enter G as they are, [B, T + K, D]. S and M are [B, 1, N].
 
     Only Eq. 5 trains the projections.
     """
 
     layers, selectors = ("proj_v", "proj_l"), "[CLS]"
 
-    def express(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
+    def visual_expression(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
         with torch.autocast(F_v.device.type, enabled=False):
             F_v, Q_l = F_v.float(), Q_l.float()
-            S = self.compare(F_v, Q_l[:, :1])  # [B, 1, N]
+            S = self.similarities(F_v, Q_l[:, :1])  # [B, 1, N]
         rank_index = self.rank(S).sort().values  # [B, 1, K] in the map's order
         F_topk = F_v.take_along_dim(rank_index.mT, dim=1)  # [B, K, D]
         return F_topk, mask_l.new_ones(F_topk.shape[:2]), S, self.select(S)
@@ -261,8 +266,8 @@ class TopKPixels(Stepwise):
 class NoCues(Stepwise):
     """Table 3b, row 1: neither [CLS] nor the words select; learned queries gather from all pixels.
 
-    Ours: MAX_TOKENS learned queries. The paper says only that both cues are gone. Some visual tokens must remain:
-    without any it would be Table 2, row 2, whose scores differ.
+    Ours: MAX_TOKENS learned queries, so G is [B, T + MAX_TOKENS, D]. The paper says only that both cues are gone. Some
+    visual tokens must remain: without any it would be Table 2, row 2, whose scores differ.
     """
 
     layers, selectors = ("cross_attention", "self_attention"), "none"
@@ -271,7 +276,7 @@ class NoCues(Stepwise):
         super().__init__(dim, num_heads, ratio, dropout)
         self.queries = nn.Parameter(0.02 * torch.randn(MAX_TOKENS, dim))
 
-    def express(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
+    def visual_expression(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
         E = self.queries.expand(len(F_v), -1, -1)  # [B, MAX_TOKENS, D]
         Q_v = self.cross_attention(E, F_v)  # no pixel and no query is hidden
         return self.self_attention(Q_v, Q_v), mask_l.new_ones(E.shape[:2]), None, None
@@ -285,8 +290,8 @@ class LocalOnly(Stepwise):
 
     selectors = "words"
 
-    def express(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
-        Q_v, mask_v, S, M = super().express(F_v, Q_l, mask_l)  # S and M [B, T - 1, N]
+    def visual_expression(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
+        Q_v, mask_v, S, M = super().visual_expression(F_v, Q_l, mask_l)  # S and M [B, T - 1, N]
         return Q_v, mask_v, F.pad(S, (0, 0, 1, 0)), F.pad(M, (0, 0, 1, 0))
 
 
@@ -299,7 +304,7 @@ class GlobalOnly(Stepwise):
 
     layers, selectors = ("proj_v", "proj_l", "cross_attention"), "[CLS]"
 
-    def relate(self, Q_v: Tensor, mask: Tensor) -> Tensor:
+    def self_attend(self, Q_v: Tensor, mask: Tensor) -> Tensor:
         return Q_v
 
 
@@ -325,7 +330,10 @@ class NoSimilarityWeights(Stepwise):
 
 
 class NoNormalisation(Stepwise):
-    """Table 4d, row 1: the similarities weigh as they are, also negative ones. Ours: M still selects."""
+    """Table 4d, row 1: the similarities weigh as they are, also negative ones. Ours: M still selects.
+
+    The weights do not sum to one, so the size of E changes, too.
+    """
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
         return S
@@ -339,11 +347,11 @@ class UnmaskedSoftmax(Stepwise):
 
 
 class NoCrossAttention(Stepwise):
-    """Table 4e, row 1: the intermediate tokens E go straight to the self-attention."""
+    """Table 4e, row 1: the intermediate tokens E, small as they are, go straight to the self-attention."""
 
     layers = ("proj_v", "proj_l", "self_attention")
 
-    def extract(self, E: Tensor, F_v: Tensor, M_hat: Tensor) -> Tensor:
+    def cross_attend(self, E: Tensor, F_v: Tensor, M_hat: Tensor) -> Tensor:
         return E
 
 
@@ -377,7 +385,7 @@ class Variant(NamedTuple):
     mIoU: float | None  # the paper's, in per cent, on RefCOCO val. vega's is 76.28 in Tables 2 and 3, 76.27 in 4 to 6
     oIoU: float | None
     block: type[nn.Module] = VISBlock
-    # the tokens attend to F_v first (Table 2, last row; ours: in all other rows too). False: there is no F_v at all
+    # the tokens attend to F_v first (Table 2, rows 2 and 3; ours: in Tables 3 and 4 too). False (row 1): no F_v is made
     enhanced: bool = True
     eq5: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
     shares_tau: bool = False  # the block has a log_tau, which is to be that of Eq. 5

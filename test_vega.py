@@ -786,7 +786,7 @@ def assert_one_clear_line(message: str, folder: Path) -> None:
         (dict(image_id=[]), "not in REFER's format"),
         (dict(segmentation=None), "no segmentation here or under its ann_id"),
         (dict(segmentation=[20, 30, 60, 30, 60, 80]), "ref 0 of"),
-        (dict(segmentation={"size": [200, 240], "counts": [48000]}), "does not fill an image of 100 x 120"),
+        (dict(segmentation={"size": [200, 240], "counts": [48000]}), "does not fill an image of (100, 120)"),
         (dict(id="shelf.jpg"), "two images of the same id"),
         (dict(width=0, height=0), "cannot have 0 x 0 pixels"),
         (dict(width=120, height=700), "its mask would not fit"),
@@ -802,7 +802,7 @@ def test_a_wrong_value_is_told_in_one_line(change, message, tmp_path):
 @pytest.mark.parametrize(
     "file, break_it, message",
     [
-        ("instances.json", Path.unlink, "instances.json is missing: see 'RefCOCO' or 'Your own data' in the README"),
+        ("instances.json", Path.unlink, "instances.json is missing: see docs/data.md"),
         ("instances.json", lambda file: file.write_text("{"), "is not JSON"),
         ("refs.json", lambda file: file.write_text('{"refs": []}'), "is not a list of refs"),
         ("refs.json", lambda file: file.write_text("[]"), "has no split 'train'; it has none"),

@@ -1,13 +1,13 @@
 """Train VEGA, evaluate it and show it.
 
     python train.py                                            the demo: generated shapes, tiny model
-    torchrun --nproc_per_node=4 train.py --dataset refcoco     the paper's settings
+    torchrun --nproc_per_node=4 train.py --dataset refcoco     the paper's settings; ours or LAVT's where it gives none
     python train.py --variant global-only                      an ablation; also --ratio 0.1
     python train.py --resume                                   go on with the newest run
 
 A run leaves in runs/NAME/: best.safetensors, the model of the best oIoU on val; metrics.json, its scores; pictures;
 log.jsonl; and from the first checkpoint on settings.json and last.pt, from which --resume goes on.
-In the help, "ours" was chosen here, since the paper does not say; "LAVT" was taken from that work.
+In the help, "ours" marks what the paper does not say, or where we differ; "LAVT" was taken from that work.
 """
 
 import json
@@ -29,7 +29,7 @@ from transformers import BertTokenizer
 from data import DATASETS, InputError, RefDataset, command_line, input_errors, make_tokenizer, read_dataset
 from evaluate import (
     RANK, WORLD, Options, autocast, evaluate, gather, load_batches, parse_flags, resolve_precision, score_splits,
-    start_processes,
+    start_processes, wait_for_all,
 )  # fmt: skip
 from model import (
     PRETRAINED_BERT, PRETRAINED_SWIN, TINY, VEGA, VEGAConfig, flag, load_bert, load_model, load_swin, load_weights,
@@ -51,18 +51,18 @@ class Settings(VEGAConfig):
 
     dataset: str = flag("shapes", f"{', '.join(DATASETS)}, or a folder in REFER's format", metavar="NAME")
     data: str = flag("data", "where the datasets with a name are", metavar="DIR")
-    image_folder: str = flag(None, "where the dataset's images are, if not where the README says", metavar="DIR")
+    image_folder: str = flag(None, "where the dataset's images are, if not where data.py says", metavar="DIR")
     model: str = flag(None, "preset: base, the paper's, or tiny, the demo's; default: tiny for shapes, else base",
                       choices=("base", "tiny"))  # fmt: skip
     swin: str = flag(PRETRAINED_SWIN, "weights to start from: a file, or a name in timm", metavar="SOURCE")
     bert: str = flag(PRETRAINED_BERT, "weights to start from: a folder, or a name in transformers", metavar="SOURCE")
     pretrained: bool = flag(True, "start from --swin and --bert, not at random")
-    init: str = flag(None, "start from a trained model: its weights, words, sizes, and preset", metavar="MODEL")
-    epochs: float = flag(40, "passes over the objects, one sentence of each; also 1.5", positive)
-    max_steps: int = flag(None, "train for this many steps; --epochs is ignored", positive, metavar="STEPS", type=int)
-    batch_size: int = flag(16, "images a step, over all processes together", positive)
+    init: str = flag(None, "start from a trained model: its weights, vocabulary and flags", metavar="MODEL")
+    epochs: float = flag(40, "passes over the objects (LAVT: one sentence of each); may be 1.5", positive)
+    max_steps: int = flag(None, "train for this many steps; --epochs is ignored", positive, metavar="STEPS")
+    batch_size: int = flag(16, "images a step (ours: the paper's 16 is over all processes)", positive)
     micro_batch: int = flag(None, "gradient accumulation: each process takes its share of the batch N images at a time",
-                            positive, metavar="N", type=int)  # fmt: skip
+                            positive, metavar="N")  # fmt: skip
     lr: float = flag(3e-5, "the highest learning rate", lambda rate: 0 <= rate < math.inf)
     bert_factor: float = flag(1.0, "ours: BERT's learning rate as a share of --lr", positive)
     warmup: float = flag(0.0, "ours: the share of the steps in which the rate rises", lambda share: 0 <= share < 1)
@@ -77,7 +77,7 @@ class Settings(VEGAConfig):
     device: str = flag(None, "cpu, cuda or cuda:1; default: cuda if there is one")
     workers: int = flag(4, "processes that load images, for each GPU", lambda n: n >= 0)
     log_every: int = flag(10, "steps between two lines of the log", positive, metavar="STEPS")
-    validate_every: int = flag(None, "default: an epoch", positive, metavar="STEPS", type=int)
+    validate_every: int = flag(None, "steps between validations; default: an epoch", positive, metavar="STEPS")
     checkpoint_every: int = flag(1000, "steps between writes of last.pt", positive, metavar="STEPS")
     out: str = flag(None, "the run's folder; default: runs/DATASET-TIME", metavar="DIR")
     resume: bool = flag(False, "go on from last.pt of --out, or of the newest run; start if there is none")
@@ -90,7 +90,8 @@ PRESETS = {
         max_norm=1.0, workers=0,
     ),
 }  # fmt: skip
-CHANGEABLE = (  # flags that may differ beside --resume; all others must stay as they were
+# Flags that may differ beside --resume; all others must stay as they were. The first two stretch the rate's decay.
+CHANGEABLE = (
     "epochs max_steps device workers data image_folder log_every validate_every checkpoint_every micro_batch "
     "gradient_checkpointing".split()
 )
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run_training(settings: Settings, resumed: dict | None, device: torch.device, out: Path) -> None:
-    """All steps of a run, or those after `resumed`, what last.pt holds."""
+    """Run all steps, or those that remain. resumed: what last.pt holds, or None."""
     share = settings.batch_size // WORLD  # images a step of this process
     micro_batch = min(settings.micro_batch or share, share)
     if settings.batch_size % WORLD or share % micro_batch:
@@ -130,10 +131,10 @@ def run_training(settings: Settings, resumed: dict | None, device: torch.device,
 
     # data and model
     if RANK:
-        gather()  # wait here while rank 0 downloads or generates what is missing
+        wait_for_all()  # rank 0 goes first: it downloads or generates what is missing
     model, tokenizer = build_model(settings, resumed)
     if RANK == 0:
-        gather()
+        wait_for_all()
     model.to(device)
     if settings.gradient_checkpointing:
         model.vision.swin.set_grad_checkpointing()
@@ -161,7 +162,7 @@ def run_training(settings: Settings, resumed: dict | None, device: torch.device,
     if settings.compile:
         model.compile(backend=settings.compile, dynamic=False)  # every batch has one shape
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
-    parallel.broadcast_buffers = False  # they are constants; set here, for torch 2.15 deprecates the argument
+    parallel.broadcast_buffers = False  # of DDP: they are constants (set here, for torch 2.15 deprecates the argument)
     order = training_batches(len(train), settings.batch_size, done, total, settings.seed, RANK, WORLD)
     sums, logged, began = defaultdict(float), done, time.perf_counter()  # sums: of the losses since the step `logged`
     bar = tqdm(load_batches(train, order, settings.workers, device), "training", total, initial=done, unit="step",
@@ -203,7 +204,7 @@ def run_training(settings: Settings, resumed: dict | None, device: torch.device,
         if saving:
             if RANK == 0:
                 save_last(out / "last.pt", model, optimizer, tokenizer, step, best, settings)
-            gather()  # none goes on before it is written
+            wait_for_all()
 
 
 def take_step(
@@ -254,10 +255,12 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
         if last and last.exists():
             before = json.loads(last.with_name("settings.json").read_text())
             typed["out"] = before["out"]  # the same folder, perhaps by another name
+            if "bert_config" in typed:
+                typed["bert_config"] = {**before["bert_config"], **typed["bert_config"]}
             others = [name for name in typed if name not in CHANGEABLE and typed[name] != before.get(name)]
             if others:
                 values = ", ".join(f"{name} {before.get(name)}, not {typed[name]}" for name in others)
-                raise InputError(f"the run in {last.parent} has {values}: leave such flags out to go on with it")
+                raise InputError(f"the run in {last.parent} has {values}: leave such flags out, or name another --out")
             if "epochs" in typed:
                 before["max_steps"] = None
             with input_errors(f"{last} is not of this program, or not whole"):
