@@ -834,6 +834,19 @@ def test_the_readmes_own_data_runs_as_it_is_printed(tmp_path, monkeypatch):
     assert (item.height, item.width, item.ref_id, item.sent_ids) == (100, 120, 1, [2, 3])
 
 
+def test_the_python_in_the_readme_and_the_docs_runs(monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
+    names = {"math": math, "torch": torch, "Tensor": torch.Tensor, "Stepwise": Stepwise}
+    for page in ("README.md", "docs/extending.md"):
+        for block in re.findall(r"```python\n(.*?)```", (HERE / page).read_text(), re.DOTALL):
+            exec(block, names)
+            shapes = re.search(r"# (\[.*\])\n$", block)
+            printed = capsys.readouterr().out.replace("torch.Size(", "").replace(")", "")
+            assert not shapes or printed.split() == shapes[1].replace("],", "]").split()
+    M = names["OnePerRow"](16, 2)(F_V.repeat(1, 5, 1)[:, :64], Q_L, torch.ones(2, T)).M
+    assert (M.unflatten(-1, (8, 8)).sum(-1) == 1).all()
+
+
 def test_a_folder_of_coco_and_refer_files_trains_and_evaluates(tmp_path, monkeypatch):
     """As RRSIS-D: a pickle, images two folders down, each segmentation a list of one RLE, three splits.
 
