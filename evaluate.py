@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import CommitOperationAdd, create_commit, create_repo
 from PIL import Image, ImageDraw
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 from transformers import BertTokenizer
@@ -80,7 +81,11 @@ def start_processes(device: str | None) -> torch.device:
     """
     device = pick_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, _, _ = next(rendezvous("env://", RANK, WORLD))
+        # after a restart by torchrun the store still knows the addresses of the processes before: a prefix parts them
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
         atexit.register(dist.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")

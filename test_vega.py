@@ -327,9 +327,9 @@ def test_windows_are_padded_then_shifted_then_masked(side):
         attention = block.attn
         assert attention.fused_attn  # a GPU stores no attention maps then
         torch.nn.init.normal_(attention.relative_position_bias_table)
-        x = torch.randn(1, side, side, 8)
+        x = torch.randn(2, side, side, 8)
         canvas = torch.zeros(padded, padded, 8)
-        canvas[:side, :side] = x[0]
+        canvas[:side, :side] = x[1]
         window, wrapped = (place - shift) % padded // 4, place < shift
         visible = ((window[:, None] == window) & (wrapped[:, None] == wrapped)).all(-1)  # [P, P]
         offset = (place[:, None] - place + 3).clamp(0, 6)  # 0 to 6 within a window
@@ -338,7 +338,7 @@ def test_windows_are_padded_then_shifted_then_masked(side):
         scores = query @ key.mT * 4**-0.5 + bias.permute(2, 0, 1)
         attended = scores.masked_fill(~visible, -math.inf).softmax(-1) @ value  # [heads, P, 4]
         result = attention.proj(attended.transpose(0, 1).flatten(1)).view(padded, padded, 8)
-        torch.testing.assert_close(block._attn(x)[0], result[:side, :side], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(block._attn(x)[1], result[:side, :side], rtol=1e-5, atol=1e-5)
 
 
 def test_base_is_the_papers_model():
@@ -1179,7 +1179,7 @@ def test_kill_9_at_any_moment_loses_nothing(small, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_process_was_killed(small, tmp_path):
-    """One of two processes, twice; without --rdzv_backend=c10d, with which the restart hung in gloo's connect."""
+    """One of two processes, twice."""
     flags = [HERE / "train.py", "--data", small, *RUN, *CPU, "--max-steps", 40, "--checkpoint-every", 2, "--resume"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2"]
     printed_by(*flags, "--out", tmp_path / "whole", nproc=2)
