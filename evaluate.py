@@ -430,7 +430,7 @@ def parse_flags(argv: list[str] | None, fields_of: type, description: str, tiny:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     for one in fields(fields_of):
         help = one.metadata["help"].replace("%", "%%")
-        if one.default not in (None, False) or one.name in tiny:
+        if one.default is not None and one.type is not bool or one.name in tiny:
             help += f" (default: {one.default}" + f", tiny: {tiny.get(one.name)}" * (one.name in tiny) + ")"
         kind = {"action": argparse.BooleanOptionalAction} if one.type is bool else {"type": one.type}
         options = {**kind, **one.metadata["options"]}
