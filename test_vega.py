@@ -1615,7 +1615,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[f"me/vega/{line['value']['path']}"] = base64.b64decode(line["value"]["content"])
-        answer = {"url": "me/vega", "commitUrl": "http://hub/me/vega/commit/1", "commitOid": "1", "errors": [], "warnings": []}
+        commit = f"http://{self.headers['Host']}/me/vega/commit/1"
+        answer = {"url": "me/vega", "commitUrl": commit, "commitOid": "1", "errors": [], "warnings": []}
         self.answer(json.dumps(answer).encode())
 
     def do_GET(self):
@@ -1639,7 +1640,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
     printed = process.communicate(timeout=900)[0]
     assert process.returncode == 1 and "not uploaded" in printed and "401" in printed and not Hub.files
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert "uploaded: http://hub/me/vega/commit/1" in printed_by(HERE / "evaluate.py", "--push", "me/vega", cwd=tmp_path)
+    assert "/me/vega/commit/1" in printed_by(HERE / "evaluate.py", "--push", "me/vega", cwd=tmp_path)
     assert Hub.files["me/vega/model.safetensors"] == model_module.DEMO.read_bytes()
     assert json.loads(Hub.files["me/vega/config.json"]) == read_about(model_module.DEMO)["config"]
     card = Hub.files["me/vega/README.md"].decode()
