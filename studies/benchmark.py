@@ -7,6 +7,7 @@ Random weights, 60 JPEGs of 640 x 480, three polygons of sixty points a mask. It
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -16,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils import get_total_norm
 
 from data import RefDataset, make_tokenizer
 from evaluate import autocast, load_batches, pick_device
 from model import VEGA, VEGAConfig
-from train import PRESETS, Settings, make_optimizer, take_step, training_batches
+from train import PRESETS, Settings, make_optimizer, mean_losses, take_step, training_batches
 
 
 def write_images(folder: Path) -> None:
@@ -95,8 +97,12 @@ def main(argv: list[str] | None = None) -> None:
         batch = next(batches)
         inputs = {name: batch[name] for name in ("image", "input_ids", "attention_mask")}
 
+        steps = itertools.count(1)
+
         def step(batch=batch):
-            return take_step(model, model, optimizer, batch, args.batch_size, settings)
+            losses, norm = take_step(model, model, optimizer, batch, args.batch_size, settings)
+            if next(steps) % settings.log_every == 0:  # as at a line of the log
+                mean_losses(losses, 1), norm.item(), get_total_norm(model.parameters()).isfinite().item()
 
         def forward():
             with autocast(device, args.precision), torch.inference_mode():
