@@ -289,8 +289,10 @@ def read_dataset(name: str, data: str, image_folder: str | None = None) -> tuple
         with input_errors(f"ref {ref_id} of {name} or its image {ref.get('image_id')} is not in order"):
             image = entries.get(ref["image_id"])
             segmentation = ref.get("segmentation") or annotations.get(ref.get("ann_id"))
-            if image is None or segmentation is None:
-                raise ValueError(f"there is no image {ref['image_id']!r}, or no segmentation here or under its ann_id")
+            if image is None:
+                raise ValueError(f"there is no image {ref['image_id']!r} in instances.json")
+            if segmentation is None:
+                raise ValueError("there is no segmentation here or under its ann_id")
             if "height" not in image:
                 image["width"], image["height"] = Image.open(folder / image["file_name"]).size
             height, width = int(image["height"]), int(image["width"])
@@ -455,6 +457,7 @@ def check(name: str, data: str = "data", image_folder: str | None = None, every_
             tiles += [(dataset.expressions[index], image), ("", overlay(image, mask, GREEN))]
     print(f"decoded: {len(samples)} images and masks{'' if every_image else ' (--all: all)'}; broken: {len(broken)}")
     print(f"masks without a pixel: {empty}")
+    wrong += [f"{empty} masks without a pixel: do they lie outside of their images?"] * (empty > 0)
     print("\n".join(wrong + broken[:5]) or "nothing wrong was found")
     if tiles:
         picture = Path("runs") / f"check-{Path(name).resolve().name}.png"

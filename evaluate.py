@@ -291,7 +291,7 @@ def score_splits(model: VEGA, tokenizer: BertTokenizer, options, device: torch.d
         scores[split] = metrics.compute()
         for sample in metrics.samples:
             lines.append(json.dumps({"split": split, **dataset.ids(sample["index"]), **sample}))
-        if options.pictures and RANK == 0:
+        if options.pictures > 0 and RANK == 0:
             name = split + "-shuffled" * options.shuffle_expressions
             draw_pictures(model, tokenizer, dataset, metrics, folder, name, options.pictures)
     if RANK:
@@ -305,7 +305,7 @@ def score_splits(model: VEGA, tokenizer: BertTokenizer, options, device: torch.d
         for first, second, row in rows[: 3 if paper else 1]:
             cells = "".join(f"{row[column]:>8.2f}" if column in row else " " * 8 for column in COLUMNS)
             print(f"{first:<16}{second:<8}{cells}")
-    if options.pictures:
+    if options.pictures > 0:
         print(f"pictures: {folder / '{pictures,words,expressions,ratios}-*.png'}")
     if options.json:
         Path(options.json).write_text(json.dumps(scores, indent=2))

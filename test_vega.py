@@ -1082,6 +1082,11 @@ def test_a_run_is_overwritten_only_if_it_saved_nothing(left, train_here, tmp_pat
     with pytest.raises(SystemExit, match="a run already: choose another --out, go on with --resume, or delete it"):
         train_here("--max-steps", 1)
     assert [(file.name, file.read_bytes()) for file in out.iterdir()] == [(left, b"of a run")]
+    if left != "last.pt":  # a model whose last.pt is gone
+        (out / "settings.json").write_text("{}")
+        with pytest.raises(SystemExit, match="a run already"):
+            train_here("--max-steps", 1, "--resume")
+        (out / "settings.json").unlink()
     (out / left).unlink()
     (out / "log.jsonl").write_text('{"step": 1, "loss": 0}\n')
     train_here("--max-steps", 1)
@@ -1455,6 +1460,8 @@ WRONG_INPUTS = [
     (train, ["--batch-size", "500"], "only 48 objects to train on: lower --batch-size, which is 500"),
     (train, ["--batch-size", "16", "--micro-batch", "3"], "--batch-size 16 does not divide among 1 process(es)"),
     (train, ["--device", "gpu"], "--device gpu can't be used here"),
+    (train, ["--compile", "nonsense"], "--compile can't be nonsense"),
+    (train, ["--out", str(HERE / "README.md")], "README.md is a file, not a folder"),
     (train, ["--init", "x.safetensors"], "there is no model x.safetensors"),
     (train, ["--resume", "--variant", "linguistic"], "has variant vega, not linguistic"),
     (train, ["--variant", "threshold"], "invalid choice: 'threshold' (choose from"),

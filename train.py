@@ -73,7 +73,8 @@ class Settings(VEGAConfig):
     seed: int = flag(0, "random seed of starting weights, order, sentences, dropout", lambda n: n >= 0)
     precision: str = flag(None, "ours: bf16 on cards that have it, else fp32", choices=("fp32", "bf16"))
     gradient_checkpointing: bool = flag(False, "compute Swin's blocks again in backward: less memory")
-    compile: str = flag(None, "compile the model for training with this backend, such as inductor", metavar="BACKEND")
+    compile: str = flag(None, "compile the model for training with this backend, such as inductor",
+                        lambda name: name in torch.compiler.list_backends(()), metavar="BACKEND")  # fmt: skip
     device: str = flag(None, "cpu, cuda or cuda:1; default: cuda if there is one")
     workers: int = flag(4, "processes that load images, for each GPU", lambda n: n >= 0)
     log_every: int = flag(10, "steps between two lines of the log", positive, metavar="STEPS")
@@ -250,10 +251,12 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
     epilog = "\n".join(["ablations: name, the paper's table, its oIoU on RefCOCO val, its row:", *rows])
     typed = parse_flags(argv, Settings, __doc__, PRESETS["tiny"], epilog)
     out = Path(typed["out"]) if "out" in typed else None
-    if typed.pop("resume", False):
-        last = out / "last.pt" if out else newest("last.pt")
+    resume = typed.pop("resume", False)
+    last = out / "last.pt" if out else newest("last.pt") if resume else None
+    if resume:
         if last and last.exists():
-            before = json.loads(last.with_name("settings.json").read_text())
+            with input_errors(f"{last.with_name('settings.json')} can't be read"):
+                before = json.loads(last.with_name("settings.json").read_text())
             typed["out"] = before["out"]  # the same folder, perhaps by another name
             if "bert_config" in typed:
                 typed["bert_config"] = {**before["bert_config"], **typed["bert_config"]}
@@ -266,8 +269,15 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
             with input_errors(f"{last} is not of this program, or not whole"):
                 resumed = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
             return Settings(**{**before, **typed, "out": str(last.parent)}), resumed
-    elif out and any((out / file).exists() for file in ("last.pt", "best.safetensors", "metrics.json")):
-        raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or delete it")
+        if RANK == 0:
+            tqdm.write(f"there is no {last or 'last.pt under runs/'}: a new run starts")
+    if out and any((out / file).exists() for file in ("last.pt", "best.safetensors", "metrics.json")):
+        # a run that was killed while it saved for the first time may start again
+        killed = (out / "log.jsonl").exists() and not any((out / f"{n}.json").exists() for n in ("settings", "metrics"))
+        if not (resume and killed):
+            raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or delete it")
+    if out and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file, not a folder")
 
     dataset = typed.get("dataset", "shapes")
     preset, config = "tiny" if dataset == "shapes" else "base", {}
