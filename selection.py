@@ -101,7 +101,7 @@ class VISBlock(nn.Module):
         Args:
             F_v: [B, N, D] vision features.
             Q_l: [B, T, D] linguistic features. In Sec. 3 they come straight from the language encoder. In `vega` they
-                first attend to F_v ("enhanced", Table 2, last row).
+                first attend to F_v ("enhanced", Table 2, rows 2 and 3).
             mask_l: [B, T] 1 for real tokens, 0 for padding. [SEP] and padding select pixels like any word, but nothing
                 looks at padding: it is masked as a key in BERT, early fusion, the self-attention and the decoder.
         """
