@@ -1519,6 +1519,28 @@ def test_cuda_trains_and_scores_as_the_cpu_does(precision, points, train_here, s
     assert scores["val"]["mIoU"] == pytest.approx(evaluate.main(flags)["val"]["mIoU"], abs=points)
 
 
+class Reads(TorchDispatchMode):
+    """Counts the values that Python reads from tensors, for each of which it would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_step_reads_a_value(name):
+    model = small_model(name)
+    image, ids, mask = random_batch(model.config)
+    batch = {"image": image, "input_ids": ids, "attention_mask": mask, "mask": image[:, 0] > 200}
+    settings = train.Settings(**{**train.PRESETS["tiny"], "dropout": 0.1})
+    optimizer = train.make_optimizer(model, settings)
+    with Reads() as reads:
+        train.take_step(model, model, optimizer, batch, 1, settings)
+    assert reads.count == 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_step_waits_for_the_gpu(precision, small):
