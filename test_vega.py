@@ -1519,6 +1519,15 @@ def test_cuda_trains_and_scores_as_the_cpu_does(precision, points, train_here, s
     assert scores["val"]["mIoU"] == pytest.approx(evaluate.main(flags)["val"]["mIoU"], abs=points)
 
 
+def test_under_bf16_normalisation_and_selection_stay_in_fp32():
+    model, seen = small_model("vega"), []
+    real = F.instance_norm
+    with mock.patch.object(F, "instance_norm", lambda x: (seen.append(x.dtype), real(x))[1]):
+        with evaluate.autocast(torch.device("cpu"), "bf16"):
+            output = model(*random_batch(model.config))
+    assert set(seen) == {output["F_v"].dtype, output["selection"].S.dtype, output["logits"].dtype} == {torch.float32}
+
+
 class Reads(TorchDispatchMode):
     """Counts the values that Python reads from tensors, for each of which it would wait for a GPU."""
 
