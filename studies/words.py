@@ -59,7 +59,7 @@ def measure(source: str) -> dict[str, list[float]]:
     """The module's measures of one run, a list of values each."""
     model, tokenizer = load_model(source)
     where, found = Path(read_about(source)["settings"]["data"]), collections.defaultdict(list)
-    for split in ("testB", "val"):
+    for split in ("testA", "testB", "val"):
         dataset = data.RefDataset("shapes", split, where, None, tokenizer, 21, 128)
         for sample in evaluate.evaluate(model, dataset, torch.device("cpu")).samples:
             named = named_by(dataset.expressions[sample["index"]])
