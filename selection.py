@@ -355,6 +355,30 @@ class NoCrossAttention(Stepwise):
         return E
 
 
+class ContrastiveOnly(Stepwise):
+    """Ours, a control: G is the enhanced linguistic tokens alone (Table 2, row 2), but Eq. 5 is as in `vega`.
+
+    Its gradient reaches F_v and [CLS] through the projections. Nothing is selected. S is [B, 1, N], [CLS]'s row.
+    """
+
+    layers, selectors = ("proj_v", "proj_l"), "none"
+
+    def visual_expression(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
+        with torch.autocast(F_v.device.type, enabled=False):
+            S = self.similarities(F_v.float(), Q_l[:, :1].float())
+        return Q_l[:, :0], mask_l[:, :0], S, None
+
+
+class LocalOnlyEq5(LocalOnly):
+    """Ours, a control: `local-only`, but Eq. 5 still teaches [CLS]'s row of S, which selects nothing."""
+
+    def visual_expression(self, F_v: Tensor, Q_l: Tensor, mask_l: Tensor) -> tuple:
+        Q_v, mask_v, S, M = super().visual_expression(F_v, Q_l, mask_l)
+        with torch.autocast(F_v.device.type, enabled=False):
+            S_cls = self.similarities(F_v.float(), Q_l[:, :1].float())  # [B, 1, N]
+        return Q_v, mask_v, torch.cat([S_cls, S[:, 1:]], dim=1), M
+
+
 class SumOnce(Stepwise):
     """Ours, beyond the paper: E is the weighted mean, without Eq. 4's 1 / K."""
 
@@ -408,6 +432,8 @@ VARIANTS = {
     "no-normalisation": Variant("4d", "similarities as they are for weights", 76.18, 74.97, NoNormalisation),
     "unmasked-softmax": Variant("4d", "normalization without top-k mask", 76.22, 75.14, UnmaskedSoftmax),
     "no-cross-attention": Variant("4e", "no top-k cross-attention", 76.11, 74.23, NoCrossAttention),
+    "contrastive-only": Variant("ours", "enhanced linguistic expression, with Eq. 5", None, None, ContrastiveOnly),
+    "local-only-eq5": Variant("ours", "local, not global, with Eq. 5", None, None, LocalOnlyEq5),
     "sum-once": Variant("ours", "E without the 1 / K of Eq. 4", None, None, SumOnce),
     "sharp": Variant("ours", "softmax over S / tau, with the tau of Eq. 5", None, None, Sharp, shares_tau=True),
     "sum-once-sharp": Variant("ours", "both", None, None, SumOnceSharp, shares_tau=True),

@@ -26,8 +26,9 @@ from selection import RATIOS, VARIANTS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
-FIVE_SEEDS = ("vega", "linguistic", "enhanced-linguistic", "local-only", "global-only")
+FIVE_SEEDS = ("vega", "contrastive-only", "linguistic", "enhanced-linguistic", "local-only", "global-only")
 ROWS = {name: ["--variant", name] for name in VARIANTS} | {f"ratio={r}": ["--ratio", str(r)] for r in (0.1, 0.5, 0.8)}
+ROWS |= {f"{name},weight=0.5": ["--variant", name, "--contrastive", "0.5"] for name in ("vega", "contrastive-only")}
 
 
 def read_results(file: Path = RESULTS) -> list[dict]:
@@ -96,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     args, flags = parser.parse_known_args(argv)  # other flags are train.py's
     if args.run:
         seeds = {name: range(5 if name in FIVE_SEEDS else 3) for name in args.only}
-        done = {(run["name"], run["seed"]) for run in read_results(args.results)}
+        here = processor(), 1  # another processor or number of threads is another run of the same seed
+        done = {(r["name"], r["seed"]) for r in read_results(args.results) if (r["processor"], r["threads"]) == here}
         todo = sorted((seed, name) for name in seeds for seed in seeds[name] if (name, seed) not in done)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             runs = pool.map(lambda one: train(one[1], one[0], flags, args.folder, args.results), todo)
