@@ -273,6 +273,10 @@ WHAT_SETS_IT_APART = {  # true of the variant and false of vega
         and same(visual(name), visual(name, Q_l=torch.cat([Q_L[:, :1], OTHER_Q_L[:, 1:]], 1)))
     ),
     "no-contrastive": lambda name: small_model(name).log_tau is None,
+    "contrastive-only": lambda name: same(guide(name).G, Q_L) and same(guide(name).S, guide("vega").S[:, :1]),
+    "local-only-eq5": lambda name: (
+        same(visual(name), visual("local-only")) and same(guide(name).S, guide("vega").S)
+    ),
 }
 
 
