@@ -1,10 +1,13 @@
-"""The study: every variant, and `vega` at three other ratios, on the demo's shapes, with 3 seeds, five of them with 5.
+"""The study: which part of VEGA helps? Every variant is trained several times on two small tasks, and compared.
 
-    python -m studies.study          the table of the runs in studies/results.jsonl
-    python -m studies.study --run    train those that are missing there, as many side by side as there are cores
+    python -m studies.study                       the tables of the runs in studies/results.jsonl
+    python -m studies.study --pairs NAME NAME     two rows of them, seed by seed
+    python -m studies.study --run                 train on the shapes what is missing there, a run on each core
+    python -m studies.study --run --task things   the same on data/things, which `python -m studies.things` writes
 
-A run takes about 15 minutes of a core. Stopped and started again, the study goes on where it was. Another processor or
-another number of threads is another run of the same seed; each line of the results names them.
+A run takes about 15 to 30 minutes of a core. Stopped and started again, the study goes on where it was. The same seed
+gives another result on another processor or with another number of threads, so each line of the results names them,
+and only runs of one processor and number of threads are compared.
 """
 
 import argparse
@@ -26,26 +29,35 @@ from selection import RATIOS, VARIANTS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
-FIVE_SEEDS = ("vega", "contrastive-only", "linguistic", "enhanced-linguistic", "local-only", "global-only")
 ROWS = {name: ["--variant", name] for name in VARIANTS} | {f"ratio={r}": ["--ratio", str(r)] for r in (0.1, 0.5, 0.8)}
 ROWS |= {f"{name},weight=0.5": ["--variant", name, "--contrastive", "0.5"] for name in ("vega", "contrastive-only")}
+FIVE_SEEDS = ("vega", "contrastive-only", "linguistic", "enhanced-linguistic", "local-only", "global-only")
+# train.py's flags for a task; typed after them, they can be changed
+TASKS = {
+    "shapes": [],
+    "things": ["--dataset", "data/things", "--model", "tiny", "--bert", "sentence-transformers/all-MiniLM-L6-v2"],
+}
+TASK_ROWS = {
+    "shapes": {name: 5 if name in FIVE_SEEDS else 3 for name in ROWS},  # row -> number of seeds
+    "things": dict.fromkeys(("vega", "contrastive-only", "enhanced-linguistic", "linguistic", "sum-once-sharp"), 3),
+}
 
 
 def read_results(file: Path = RESULTS) -> list[dict]:
-    """One dict a run: "name", "seed", "processor", "threads", and the scores of each split."""
+    """One dict a run: "task", "name", "seed", "processor", "threads", and the scores of each split."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def train(name: str, seed: int, flags: list[str], folder: Path, results: Path) -> None:
+def train(task: str, name: str, seed: int, flags: list[str], folder: Path, results: Path) -> None:
     """One run, on one thread; its scores become a line of the results."""
-    out = folder / f"{name}-{seed}"
-    command = [sys.executable, HERE.parent / "train.py", *ROWS[name], "--seed", str(seed), "--out", out, "--resume"]
+    out = folder / f"{task}-{name}-{seed}"
+    command = [sys.executable, HERE.parent / "train.py", *TASKS[task], *ROWS[name], "--seed", seed, "--out", out]
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.with_suffix(f"{out.suffix}.log"), "a") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*map(str, command), *flags], stdout=log, stderr=log, env=environment, check=True)
+        subprocess.run([*map(str, command), "--resume", *flags], stdout=log, stderr=log, env=environment, check=True)
     scores = json.loads((out / "metrics.json").read_text())
-    line = {"name": name, "seed": seed, "processor": processor(), "threads": 1, **scores}
+    line = {"task": task, "name": name, "seed": seed, "processor": processor(), "threads": 1, **scores}
     with open(results, "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -56,30 +68,76 @@ def processor() -> str:
     return (names or [platform.processor()])[0] + (", AVX-512" if "avx512f" in info else "")
 
 
-def table(runs: list[dict]) -> str:
-    """The paper's ablations beside these runs' scores on val.
-
-    Of mIoU and oIoU: mean and standard deviation over the seeds, the paper's on RefCOCO, the mean difference to vega's
-    run of the same seed, and its two-sided p by the exact permutation test of the differences' signs.
-    """
-    by_name = collections.defaultdict(dict)  # name -> seed -> scores on val
+def groups(runs: list[dict]) -> dict[str, list[dict]]:
+    """The runs that may be compared: of one task, processor and number of threads."""
+    groups = collections.defaultdict(list)
     for run in runs:
-        by_name[run["name"]][run["seed"]] = run["val"]
-    paper = {name: (v.table, v.mIoU, v.oIoU) for name, v in VARIANTS.items()}
-    paper |= {f"ratio={ratio}": ("6", *scores) for ratio, scores in RATIOS.items()}
-    columns = "".join(f" {column} (sd) | paper | - vega | p |" for column in ("mIoU", "oIoU"))
-    lines = [f"| table | row | n |{columns}", "| --- " * 11 + "|"]
-    for name in filter(by_name.get, paper):
-        number, *theirs = paper[name]
+        groups[f"{run['task']}; {run['processor']}; {run['threads']} thread"].append(run)
+    return groups
+
+
+def paper_row(name: str) -> tuple[str, float | None, float | None]:
+    """A row's table in the paper, and its oIoU and mIoU there less those of vega, on RefCOCO val; None for our rows."""
+    row = VARIANTS.get(name)
+    if name.startswith("ratio="):
+        table, (mIoU, oIoU) = "6", RATIOS[float(name[6:])]
+    elif row is None or row.oIoU is None:
+        return "ours", None, None
+    else:
+        table, mIoU, oIoU = row.table, row.mIoU, row.oIoU
+    if name == "vega":
+        return table, None, None
+    vega = VARIANTS["vega"].mIoU if table[0] in "23" else RATIOS[0.3][0]  # 76.28 and 76.27
+    return table, oIoU - VARIANTS["vega"].oIoU, mIoU - vega
+
+
+def table(runs: list[dict], split: str = "val") -> str:
+    """The runs of one task, processor and number of threads: a row a variant, and for oIoU and mIoU
+
+    - mean and standard deviation over the seeds
+    - the difference to vega's run of the same seed: mean, smallest and largest
+    - its two-sided p by the exact permutation test of the differences' signs, from 5 seeds on
+    - the paper's difference, on RefCOCO val.
+
+    A row "NAME,weight=0.5" is compared with vega of that weight, and that with vega.
+    """
+    by_name = collections.defaultdict(dict)  # name -> seed -> scores
+    for run in runs:
+        by_name[run["name"]][run["seed"]] = run[split]
+    columns = "".join(f" {column} (sd) | - vega | p | paper |" for column in ("oIoU", "mIoU"))
+    lines = [f"| table | row | n |{columns}", "| --- " * 11 + "|"] if runs else []
+    for name in filter(by_name.get, ROWS):
+        number, *paper = paper_row(name)
         lines.append(f"| {number} | `{name}` | {len(by_name[name])} |")
-        for column, score in zip(("mIoU", "oIoU"), theirs):
+        variant, comma, weight = name.partition(",")
+        reference = "vega" if variant == "vega" else f"vega{comma}{weight}"
+        for column, theirs in zip(("oIoU", "mIoU"), paper):
             ours = {seed: scores[column] for seed, scores in by_name[name].items()}
             sd = f" ({statistics.stdev(ours.values()):.2f})" if len(ours) > 1 else ""
-            lines[-1] += f" {np.mean(list(ours.values())):.2f}{sd} | {f'{score:.2f}' if score else ''} |"
-            shared = [seed for seed in ours if name != "vega" and seed in by_name["vega"]]
-            change = [ours[seed] - by_name["vega"][seed][column] for seed in shared]
-            lines[-1] += f" {np.mean(change):+.2f} | {sign_test(change):.3f} |" if change else " | |"
+            lines[-1] += f" {np.mean(list(ours.values())):.2f}{sd} |"
+            shared = [seed for seed in ours if seed in by_name[reference] and name != reference]
+            change = [ours[seed] - by_name[reference][seed][column] for seed in shared]
+            between = f" ({min(change):+.2f} to {max(change):+.2f})" if len(change) > 1 else ""
+            lines[-1] += f" {np.mean(change):+.2f}{between} |" if change else " |"
+            lines[-1] += f" {sign_test(change):.3f} |" if len(change) >= 5 else " |"
+            lines[-1] += f" {theirs:+.2f} |" if theirs is not None else " |"
     return "\n".join(lines)
+
+
+def pairs(runs: list[dict], one: str, other: str, split: str = "val") -> str:
+    """Two rows' runs of the same seeds, seed by seed: both oIoU and their difference, both mIoU and theirs."""
+    lines = [f"| seed | oIoU: `{one}` | `{other}` | difference | mIoU: `{one}` | `{other}` | difference |"]
+    lines.append("| --- " * 7 + "|")
+    scores = {(run["name"], run["seed"]): run[split] for run in runs}
+    found = []
+    for seed in sorted(seed for name, seed in scores if name == one and (other, seed) in scores):
+        both = scores[one, seed], scores[other, seed]
+        found.append([x for c in ("oIoU", "mIoU") for x in (both[0][c], both[1][c], both[0][c] - both[1][c])])
+        lines.append(f"| {seed} |" + "".join(" {:.2f} | {:.2f} | {:+.2f} |".format(*found[-1][i:]) for i in (0, 3)))
+    if len(found) > 1:
+        means = np.mean(found, axis=0)
+        lines.append("| mean |" + "".join(" {:.2f} | {:.2f} | {:+.2f} |".format(*means[i:]) for i in (0, 3)))
+    return "\n".join(lines) if found else ""
 
 
 def sign_test(differences: list[float]) -> float:
@@ -89,21 +147,30 @@ def sign_test(differences: list[float]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Other flags are train.py's."
+    )
     parser.add_argument("--run", action="store_true", help="train the runs that are missing in the results")
-    parser.add_argument("--only", nargs="+", default=list(ROWS), metavar="NAME", help="of these rows alone")
+    parser.add_argument("--task", choices=TASKS, default="shapes", help="of --run")
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help="of these rows alone")
+    parser.add_argument("--pairs", nargs=2, choices=ROWS, metavar="NAME", help="instead, two rows seed by seed")
+    parser.add_argument("--split", default="val", metavar="NAME", help="of the tables; each task has val")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), metavar="DIR", help="where the runs go")
-    args, flags = parser.parse_known_args(argv)  # other flags are train.py's
+    args, flags = parser.parse_known_args(argv)
     if args.run:
-        seeds = {name: range(5 if name in FIVE_SEEDS else 3) for name in args.only}
-        here = processor(), 1  # another processor or number of threads is another run of the same seed
-        done = {(r["name"], r["seed"]) for r in read_results(args.results) if (r["processor"], r["threads"]) == here}
-        todo = sorted((seed, name) for name in seeds for seed in seeds[name] if (name, seed) not in done)
+        here = {"task": args.task, "processor": processor(), "threads": 1}
+        done = {(r["name"], r["seed"]) for r in read_results(args.results) if here.items() <= r.items()}
+        seeds = TASK_ROWS[args.task]
+        todo = [(name, seed) for name in args.only or seeds for seed in range(seeds.get(name, 3))]
+        todo = sorted({*todo} - done, key=lambda run: run[::-1])  # seed 0 of all rows first
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            runs = pool.map(lambda one: train(one[1], one[0], flags, args.folder, args.results), todo)
+            runs = pool.map(lambda one: train(args.task, *one, flags, args.folder, args.results), todo)
             list(tqdm(runs, "training", len(todo), unit="run", disable=None))
-    print(table(read_results(args.results)))
+    for title, runs in groups(read_results(args.results)).items():
+        runs = [run for run in runs if args.split in run]
+        if shown := pairs(runs, *args.pairs, args.split) if args.pairs else table(runs, args.split):
+            print(f"\n{title}; {args.split}\n\n{shown}")
 
 
 if __name__ == "__main__":

@@ -150,8 +150,7 @@ def make_things(folder: Path, stamps: Path = STAMPS, scenes: dict[str, int] = SC
         images.append({"id": len(images), "file_name": file_name, "height": SIDE, "width": SIDE})
     (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": []}))
     (folder / "refs.json").write_text(json.dumps(refs))
-    pictures = sum(map(len, kinds.values()))
-    print(f"{folder}: {pictures} pictures of {len(kinds)} kinds, {len(unseen)} of them in unseen alone; {len(refs)} refs")
+    print(f"{folder}: {len(kinds)} kinds, {len(unseen)} of them in unseen alone; {len(refs)} refs")
 
 
 @command_line

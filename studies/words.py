@@ -1,4 +1,4 @@
-"""Do the words of a sentence select pixels of their own? Of finished runs on the shapes, on val:
+"""Do the words of a sentence select pixels of their own? Of finished runs, on val:
 
     python -m studies.words runs/NAME [runs/NAME ..]
 
@@ -58,17 +58,25 @@ def named_by(expression: str) -> str:
 def measure(source: str) -> dict[str, list[float]]:
     """The module's measures of one run, a list of values each."""
     model, tokenizer = load_model(source)
-    where, found = Path(read_about(source)["settings"]["data"]), collections.defaultdict(list)
-    for split in ("testA", "testB", "val"):
-        dataset = data.RefDataset("shapes", split, where, None, tokenizer, 21, 128)
+    settings, found = read_about(source)["settings"], collections.defaultdict(list)
+    shapes = settings["dataset"] == "shapes"
+
+    def split_of(split: str) -> data.RefDataset:
+        where = settings["dataset"], split, settings["data"], settings["image_folder"]
+        return data.RefDataset(*where, tokenizer, model.config.max_tokens, model.config.image_size)
+
+    for split in ("testA", "testB", "val") if shapes else ():
+        dataset = split_of(split)
         for sample in evaluate.evaluate(model, dataset, torch.device("cpu")).samples:
             named = named_by(dataset.expressions[sample["index"]])
             found[f"mIoU of {split}, named by {named}"].append(100 * sample["iou"])
 
-    things = collections.defaultdict(list)  # image -> its things, with their masks
-    for thing in json.loads((where / "shapes" / "instances.json").read_text())["annotations"]:
-        thing["mask"] = torch.from_numpy(data.rasterize(thing["segmentation"], 128, 128))
-        things[thing["image_id"]].append(thing)
+    dataset, things = split_of("val"), collections.defaultdict(list)  # image -> its things, with their masks
+    if shapes:
+        instances = json.loads((Path(settings["data"]) / "shapes" / "instances.json").read_text())
+        for thing in instances["annotations"]:
+            thing["mask"] = torch.from_numpy(data.rasterize(thing["segmentation"], 128, 128))
+            things[thing["image_id"]].append(thing)
     for batch in torch.utils.data.DataLoader(dataset):
         mask_l = batch["attention_mask"]
         output = model(batch["image"], batch["input_ids"], mask_l)
@@ -83,6 +91,8 @@ def measure(source: str) -> dict[str, list[float]]:
         norms = S.grad[0].norm(dim=-1).tolist()
         found["gradient, [CLS]"].append(norms[0])
         found["gradient, a word"] += norms[1 : len(words)]
+        if not shapes:
+            continue
         maps = S.detach().unflatten(-1, output["similarity"].shape[1:])
         maps = F.interpolate(maps, (128, 128), mode="bilinear")[0]
         here = things[dataset.object_of(batch["index"].item()).image_id]
