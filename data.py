@@ -199,7 +199,10 @@ def open_image(path: str | Path, upright: bool = True) -> Image.Image:
 
 
 def to_input(image: Image.Image, image_size: int) -> torch.Tensor:
-    """An RGB image of any size -> uint8 [3, image_size, image_size]. LAVT: squeezed to a square, never flipped."""
+    """An RGB image of any size -> uint8 [3, image_size, image_size]. LAVT: squeezed to a square, never flipped.
+
+    VEGA.forward standardises it.
+    """
     pixels = np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 

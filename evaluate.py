@@ -222,7 +222,10 @@ class Metrics:
 
 
 def paper_scores(config: VEGAConfig, dataset: str, split: str) -> dict:
-    """The paper's scores of a base model with this variant and ratio, as `Metrics.compute` names them; or none."""
+    """The paper's scores of a base model with this variant and ratio, as `Metrics.compute` names them; or none.
+
+    vega on RefCOCO val is in several tables; of its rows the last counts, Table 5's.
+    """
     rows = {("refcoco", "val", name, 0.3): (v.mIoU, v.oIoU) for name, v in VARIANTS.items() if v.oIoU}
     rows |= {("refcoco", "val", "vega", ratio): scores for ratio, scores in RATIOS.items()}
     rows |= {(*of, "vega", 0.3): scores for of, scores in TABLE_5.items()}
@@ -240,7 +243,7 @@ def shuffle_expressions(dataset: RefDataset, seed: int = 0) -> None:
     if 2 * longest > len(dataset):
         raise InputError("shuffled expressions need at least two images, none with more than half of the sentences")
     order = np.concatenate(images)  # image by image; moved on by `longest`, each sentence lands in another image
-    source = np.roll(order, longest)[np.argsort(order)]
+    source = np.roll(order, longest)[np.argsort(order)]  # sentence i becomes sentence source[i]
     dataset.expressions = [dataset.expressions[s] for s in source]
     dataset.tokens = {name: values[source] for name, values in dataset.tokens.items()}
 
@@ -266,7 +269,8 @@ def evaluate(
         indices = batch["index"].tolist()
         if resolution == "input":
             metrics.update(logits > 0, batch["mask"], indices)  # ours: the target where its probability exceeds 0.5
-        for index, own in zip(indices, logits) if resolution == "original" else ():
+            continue
+        for index, own in zip(indices, logits):
             mask = torch.from_numpy(dataset.mask(index)).to(device)
             metrics.update(F.interpolate(own[None, None], mask.shape, mode="bilinear")[0] > 0, mask[None], [index])
     metrics.samples = sorted(itertools.chain(*gather(metrics.samples)), key=lambda sample: sample["index"])

@@ -92,7 +92,10 @@ TINY = dict(
 
 
 class EarlyFusion(nn.Module):
-    """After each Swin stage (Sec. 3.1). LAVT: pixel-word attention with one head, and a gated residual."""
+    """After each Swin stage (Sec. 3.1). LAVT: pixel-word attention with one head, and a gated residual.
+
+    The tokens stay as they are.
+    """
 
     def __init__(self, dim: int, language_dim: int, gated: bool = True):
         super().__init__()
@@ -132,6 +135,7 @@ class PadThenShiftBlock(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         window_height, window_width = self.window_size
+        # up to the next multiple of the window
         x = F.pad(x, (0, 0, 0, -width % window_width, 0, -height % window_height))
         return super()._attn(x)[:, :height, :width]
 
@@ -162,7 +166,7 @@ class VisionEncoder(nn.Module):
             num_classes=0, img_size=config.image_size, embed_dim=config.embed_dim, depths=config.depths,
             num_heads=config.swin_heads, window_size=config.window_size, drop_path_rate=config.drop_path,
         )  # fmt: skip
-        self.swin.norm = nn.Identity()  # ours: each stage has its own below
+        self.swin.norm = nn.Identity()  # LAVT: each stage has its own below
         for stage in self.swin.layers:
             for block in stage.blocks:
                 block.__class__ = PadThenShiftBlock  # the same weights; only _attn differs
@@ -170,7 +174,7 @@ class VisionEncoder(nn.Module):
         start_from_scratch(self.swin)
         self.dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
         self.fusions = nn.ModuleList(
-            EarlyFusion(dim, config.bert_config["hidden_size"], gated=dim < self.dims[-1]) for dim in self.dims
+            EarlyFusion(dim, config.bert_config["hidden_size"], gated=dim != self.dims[-1]) for dim in self.dims
         )
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in self.dims)
         self.coordinates = nn.Linear(2, config.embed_dim) if config.coordinates else None
@@ -198,8 +202,8 @@ class Decoder(nn.Module):
     """From the last stage to the first: attend to the guidance set, upsample, concatenate the encoder's map (Sec. 3.3).
 
     Ours: the width; on each concatenation a linear layer, a 3 x 3 convolution and GroupNorm in groups of 8 channels
-    (BatchNorm would make several processes differ from one). There is no torch.cat: a linear layer on cat(x, skip) is
-    computed as project_x(x) + project_skip(skip).
+    (BatchNorm would make several processes differ from one). The linear layer on the concatenation of x and skip is
+    computed as a sum, project_x(x) + project_skip(skip).
     """
 
     def __init__(self, vision_dims: list[int], guidance_dim: int, width: int, num_heads: int):
@@ -221,6 +225,7 @@ class Decoder(nn.Module):
         *skips, last = features
         bias = padding_bias(mask_G)  # [B, 1, R]
         x = self.attentions[0](self.project(last).flatten(1, 2), G, bias).unflatten(1, last.shape[1:3])
+        # all of them from the last stage to the first
         joins = zip(reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:])
         for skip, project_x, project_skip, convolution, attention in joins:
             # project_x runs before the upsampling: the same result, on a quarter of the pixels

@@ -31,8 +31,8 @@ class Selection(NamedTuple):
 
     G: Tensor  # [B, 2T, D] the guidance set: linguistic tokens, then the visual expression
     mask_G: Tensor  # [B, 2T] 0 for tokens of padding
-    S: Tensor | None  # [B, T, N] cosine similarities, the first row [CLS]'s; None in a variant that does not select
-    M: Tensor | None  # [B, T, N] 1 at the K pixels that each token selects, else 0; None likewise
+    S: Tensor | None  # [B, T, N] cosine similarities, the first row [CLS]'s; None in a variant without any
+    M: Tensor | None  # [B, T, N] 1 at the K pixels that each token selects, else 0; None if nothing is selected
 
 
 def padding_bias(mask: Tensor) -> Tensor:
@@ -171,10 +171,10 @@ SELECTORS = {"all": slice(None), "words": slice(1, None), "[CLS]": slice(0, 1), 
 class Stepwise(nn.Module):
     """Algorithm 1 cut into methods, so that an ablation can replace one. `vega` runs VISBlock, the one to read.
 
-    With no step overridden both return the same, bit for bit. To add your own:
+    With no step overridden both return the same, bit for bit, as a test checks. To add your own:
     1. Derive a class and override a step, or `visual_expression` if the steps do not fit.
     2. List in `layers` what it uses: a parameter without a gradient stops torchrun.
-    3. If it returns no S and M: `selectors = "none"`. If S has no row of [CLS] first: eq5=False in its row.
+    3. No M: `selectors = "none"`. No S, or one without [CLS]'s row first: eq5=False in its row of VARIANTS.
     4. Add a row to VARIANTS, `"mine": Variant("ours", "what differs", None, None, Mine)`; train with --variant mine.
     To change VEGA itself, change the step here and in VISBlock, so that each ablation differs from it in one thing.
     """
@@ -322,7 +322,8 @@ class SigmoidThreshold(Stepwise):
 class NoSimilarityWeights(Stepwise):
     """Table 4c, row 1: E is the plain mean of the selected pixels. Only Eq. 5 trains the projections.
 
-    So this row changes two things, the weighting and a factor K in E. `sum-once` changes only the factor.
+    So this row changes two things. All selected pixels weigh the same, and E is K times as large, since each weighs 1
+    where the weights of S_norm sum to 1. `sum-once` changes only the factor.
     """
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:
@@ -411,7 +412,7 @@ class Variant(NamedTuple):
     block: type[nn.Module] = VISBlock
     # the tokens attend to F_v first (Table 2, rows 2 and 3; ours: in Tables 3 and 4 too). False (row 1): no F_v is made
     enhanced: bool = True
-    eq5: bool = True  # Eq. 5 is in the loss. Ours: left out where [CLS] has no similarities
+    eq5: bool = True  # Eq. 5 is in the loss. Ours: left out also where [CLS] has no similarities
     shares_tau: bool = False  # the block has a log_tau, which is to be that of Eq. 5
 
 

@@ -57,7 +57,8 @@ class Settings(VEGAConfig):
     swin: str = flag(PRETRAINED_SWIN, "weights to start from: a file, or a name in timm", metavar="SOURCE")
     bert: str = flag(PRETRAINED_BERT, "weights to start from: a folder, or a name in transformers", metavar="SOURCE")
     pretrained: bool = flag(True, "start from --swin and --bert, not at random")
-    init: str = flag(None, "start from a trained model: its weights, vocabulary and flags", metavar="MODEL")
+    init: str = flag(None, "start from a trained model: its weights, vocabulary and sizes; the rest is the preset's",
+                     metavar="MODEL")  # fmt: skip
     epochs: float = flag(40, "passes over the objects (LAVT: one sentence of each); may be 1.5", positive)
     max_steps: int = flag(None, "train for this many steps; --epochs is ignored", positive, metavar="STEPS")
     batch_size: int = flag(16, "images a step (ours: the paper's 16 is over all processes)", positive)
@@ -65,11 +66,11 @@ class Settings(VEGAConfig):
                             positive, metavar="N")  # fmt: skip
     lr: float = flag(3e-5, "the highest learning rate", lambda rate: 0 <= rate < math.inf)
     bert_factor: float = flag(1.0, "ours: BERT's learning rate as a share of --lr", positive)
-    warmup: float = flag(0.0, "ours: the share of the steps in which the rate rises", lambda share: 0 <= share < 1)
+    warmup: float = flag(0.0, "LAVT has none: share of the steps in which the rate rises", lambda share: 0 <= share < 1)
     beta2: float = flag(0.999, "torch: AdamW's second beta", lambda beta: 0 <= beta < 1)
     power: float = flag(0.9, "LAVT: exponent of the rate's decay", positive)
     weight_decay: float = flag(0.01, "LAVT: AdamW's weight decay", lambda decay: decay >= 0)
-    max_norm: float = flag(0.0, "ours: clip the gradient's norm at this; 0: no clipping", lambda n: n >= 0)
+    max_norm: float = flag(0.0, "LAVT has none: clip the gradient's norm at this; 0: no clipping", lambda n: n >= 0)
     seed: int = flag(0, "random seed of starting weights, order, sentences, dropout", lambda n: n >= 0)
     precision: str = flag(None, "ours: bf16 on cards that have it, else fp32", choices=("fp32", "bf16"))
     gradient_checkpointing: bool = flag(False, "compute Swin's blocks again in backward: less memory")
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict:
     splits, _ = read_dataset(settings.dataset, settings.data, settings.image_folder)
     tests = sorted(splits.keys() - {"train", "val"})
     options = Options(split=["val", *tests], pictures=8, json=out / "metrics.json")
-    options = SimpleNamespace(**{**vars(options), **vars(settings)})
+    options = SimpleNamespace(**{**vars(options), **vars(settings)})  # settings count before evaluate.py's defaults
     scores = score_splits(model.to(device), tokenizer, options, device, out)
     if RANK == 0:
         about = {"settings": asdict(settings), "step": read_about(out)["step"], "scores": scores}
@@ -237,7 +238,7 @@ def take_step(
     return sums, norm
 
 
-# What main calls, in its order
+# What main and run_training call, in their order
 
 
 def read_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
@@ -318,7 +319,8 @@ def build_model(settings: Settings, resumed: dict | None) -> tuple[VEGA, BertTok
         tqdm.write(f"BERT: {len(bert.state_dict())} tensors from {settings.bert}; VEGA has no pooler")
     if source:
         tqdm.write(load_swin(model.vision.swin, source, settings.window_size))
-        for layer in (layer for fusion in model.vision.fusions if fusion.gate for layer in fusion.gate[::2]):
+        gates = [fusion.gate for fusion in model.vision.fusions if fusion.gate]
+        for layer in (layer for gate in gates for layer in (gate[0], gate[2])):
             torch.nn.init.trunc_normal_(layer.weight, std=0.02)  # LAVT: a pretrained Swin is hardly disturbed at first
     return model, tokenizer
 
@@ -352,7 +354,7 @@ def training_batches(objects: int, batch_size: int, done: int, total: int, seed:
 
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
-    """Of a step from 1 to total: polynomial decay (Sec. 4.1), after the warm-up."""
+    """Of a step from 1 to total: polynomial decay (Sec. 4.1), after the warm-up; without one step 1 has the full rate."""
     warmup = settings.warmup * total
     if step < warmup + 1:
         return settings.lr * step / (warmup + 1)
