@@ -354,7 +354,8 @@ def training_batches(objects: int, batch_size: int, done: int, total: int, seed:
 
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
-    """Of a step from 1 to total: polynomial decay (Sec. 4.1), after the warm-up; without one step 1 has the full rate."""
+    """Of a step from 1 to total: polynomial decay (Sec. 4.1), after the warm-up. Without one it begins at the full rate.
+    """
     warmup = settings.warmup * total
     if step < warmup + 1:
         return settings.lr * step / (warmup + 1)
