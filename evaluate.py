@@ -444,7 +444,10 @@ def parse_flags(argv: list[str] | None, fields_of: type, description: str, tiny:
 
 @dataclass
 class Options:
-    """The flags. --dataset, --data, --image-folder and --precision are by default as in the model's training."""
+    """The flags. --dataset, --data, --image-folder and --precision are by default as in the model's training.
+
+    `main` adds the training's other settings to them, such as model and workers.
+    """
 
     checkpoint: str = flag(None, "file, run's folder or name on the Hub; default: the newest run", metavar="MODEL")
     split: list = flag(("val",), "one or more splits", nargs="+", type=str)
@@ -458,7 +461,7 @@ class Options:
     image: list = flag(None, "segment these images, or a folder's, instead of a dataset", nargs="+", type=str)
     expression: list = flag(None, "what to segment in them, one or more", nargs="+", type=str)
     dataset: str = flag(None, f"{', '.join(DATASETS)}, or a folder", metavar="NAME")
-    data: str = flag(None, "where the datasets with a name are", metavar="DIR")
+    data: str = flag(None, "folder of the datasets that have a name", metavar="DIR")
     image_folder: str = flag(None, "where the dataset's images are, if not where data.py says", metavar="DIR")
     device: str = flag(None, "cpu, cuda or cuda:1; default: cuda if there is one")
     precision: str = flag(None, "fp32 with --image, else as in training", choices=("fp32", "bf16"))

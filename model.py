@@ -82,8 +82,8 @@ class VEGAConfig:
             raise InputError(f"--image-size is {self.image_size}, but must be a multiple of 4 and at least {least}")
 
 
-# Ours, for the generated shapes: three stages turn 128 x 128 pixels into a map of 8 x 8 to select from. The loss is
-# not the base preset's: with a Dice term, and Eq. 5 at 5 instead of 0.5, targets are found sooner from random weights.
+# Ours, for the generated shapes: three stages turn 128 x 128 pixels into a map of 8 x 8 to select from. The loss has
+# a Dice term, and Eq. 5 with weight 5 instead of 0.5. From random weights it finds targets sooner so.
 TINY = dict(
     image_size=128, embed_dim=24, depths=(1, 2, 2), swin_heads=(4, 4, 4), window_size=4, drop_path=0.0,
     coordinates=True, attention_heads=2, decoder_width=32, dropout=0.0, contrastive=5.0, dice=1.0,
@@ -174,7 +174,8 @@ class VisionEncoder(nn.Module):
         start_from_scratch(self.swin)
         self.dims = [config.embed_dim * 2**i for i in range(len(config.depths))]
         self.fusions = nn.ModuleList(
-            EarlyFusion(dim, config.bert_config["hidden_size"], gated=dim != self.dims[-1]) for dim in self.dims
+            EarlyFusion(dim, config.bert_config["hidden_size"], gated=stage < len(self.dims))
+            for stage, dim in enumerate(self.dims, 1)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in self.dims)
         self.coordinates = nn.Linear(2, config.embed_dim) if config.coordinates else None
@@ -225,7 +226,7 @@ class Decoder(nn.Module):
         *skips, last = features
         bias = padding_bias(mask_G)  # [B, 1, R]
         x = self.attentions[0](self.project(last).flatten(1, 2), G, bias).unflatten(1, last.shape[1:3])
-        # all of them from the last stage to the first
+        # from the last stage to the first; a turn upsamples x, concatenates the skip, and attends at the new size
         joins = zip(reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:])
         for skip, project_x, project_skip, convolution, attention in joins:
             # project_x runs before the upsampling: the same result, on a quarter of the pixels

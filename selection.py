@@ -69,7 +69,7 @@ class AttentionLayer(nn.Module):
 
 
 class VISBlock(nn.Module):
-    """Algorithm 1, line by line: the comments in `forward` without a mark are the algorithm's own.
+    """Algorithm 1, line by line: in `forward` the comment lines without a mark are the algorithm's own.
 
     One step is written another way: the weighted sum is a matrix product, so that nothing is expanded to [B, T, N, D].
 
@@ -82,7 +82,7 @@ class VISBlock(nn.Module):
       than e^2 = 7.4 times another.
     """
 
-    selectors = "all"  # the tokens that select, for the pictures; ablations differ, see SELECTORS
+    selectors = "all"  # which tokens select: nothing here reads it, pictures and ablations do; see SELECTORS
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -229,7 +229,10 @@ class Stepwise(nn.Module):
 
 
 class LinguisticGuidance(Stepwise):
-    """Table 2, rows 1 and 2: G is the linguistic tokens. We take row 2 for Figure 5's "w/o visual expression"."""
+    """Table 2, rows 1 and 2: G is the linguistic tokens; in row 2 VEGA.forward has enhanced them before.
+
+    We take row 2 for Figure 5's "w/o visual expression".
+    """
 
     layers, selectors = (), "none"
 
@@ -410,7 +413,8 @@ class Variant(NamedTuple):
     mIoU: float | None  # the paper's, in per cent, on RefCOCO val. vega's is 76.28 in Tables 2 and 3, 76.27 in 4 to 6
     oIoU: float | None
     block: type[nn.Module] = VISBlock
-    # the tokens attend to F_v first (Table 2, rows 2 and 3; ours: in Tables 3 and 4 too). False (row 1): no F_v is made
+    # The tokens attend to F_v before the block, as in Table 2, rows 2 and 3; ours: in Tables 3 and 4, too.
+    # False in Table 2, row 1, which has no F_v.
     enhanced: bool = True
     eq5: bool = True  # Eq. 5 is in the loss. Ours: left out also where [CLS] has no similarities
     shares_tau: bool = False  # the block has a log_tau, which is to be that of Eq. 5

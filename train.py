@@ -50,7 +50,7 @@ class Settings(VEGAConfig):
     """
 
     dataset: str = flag("shapes", f"{', '.join(DATASETS)}, or a folder in REFER's format", metavar="NAME")
-    data: str = flag("data", "where the datasets with a name are", metavar="DIR")
+    data: str = flag("data", "folder of the datasets that have a name", metavar="DIR")
     image_folder: str = flag(None, "where the dataset's images are, if not where data.py says", metavar="DIR")
     model: str = flag(None, "preset: base, the paper's, or tiny, the demo's; default: tiny for shapes, else base",
                       choices=("base", "tiny"))  # fmt: skip
@@ -62,7 +62,7 @@ class Settings(VEGAConfig):
     epochs: float = flag(40, "passes over the objects (LAVT: one sentence of each); may be 1.5", positive)
     max_steps: int = flag(None, "train for this many steps; --epochs is ignored", positive, metavar="STEPS")
     batch_size: int = flag(16, "images a step (ours: the paper's 16 is over all processes)", positive)
-    micro_batch: int = flag(None, "gradient accumulation: each process takes its share of the batch N images at a time",
+    micro_batch: int = flag(None, "gradient accumulation: each process computes N images of its share at a time",
                             positive, metavar="N")  # fmt: skip
     lr: float = flag(3e-5, "the highest learning rate", lambda rate: 0 <= rate < math.inf)
     bert_factor: float = flag(1.0, "ours: BERT's learning rate as a share of --lr", positive)
@@ -273,8 +273,9 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, dict | None]:
         if RANK == 0:
             tqdm.write(f"there is no {last or 'last.pt under runs/'}: a new run starts")
     if out and any((out / file).exists() for file in ("last.pt", "best.safetensors", "metrics.json")):
-        # a run that was killed while it saved for the first time may start again
-        killed = (out / "log.jsonl").exists() and not any((out / f"{n}.json").exists() for n in ("settings", "metrics"))
+        # a run that was killed while it saved for the first time may start again: it has a log, but none of these yet
+        later = out / "settings.json", out / "metrics.json"
+        killed = (out / "log.jsonl").exists() and not any(file.exists() for file in later)
         if not (resume and killed):
             raise InputError(f"{out} holds a run already: choose another --out, go on with --resume, or delete it")
     if out and out.exists() and not out.is_dir():
@@ -300,12 +301,12 @@ def build_model(settings: Settings, resumed: dict | None) -> tuple[VEGA, BertTok
     names = [one.name for one in fields(VEGAConfig)]
     if settings.init and not resumed:
         return load_model(settings.init, **{name: getattr(settings, name) for name in names})
-    source, bert = (settings.swin, settings.bert) if settings.pretrained and not resumed else (None, None)
+    swin, bert = (settings.swin, settings.bert) if settings.pretrained and not resumed else (None, None)
     if resumed:
         tokenizer = BertTokenizer(**resumed["tokenizer"])
     elif bert:
-        bert, tokenizer = load_bert(bert)
-        settings.bert_config = {name: getattr(bert.config, name) for name in settings.bert_config}
+        pretrained_bert, tokenizer = load_bert(bert)
+        settings.bert_config = {name: getattr(pretrained_bert.config, name) for name in settings.bert_config}
     else:
         tokenizer = make_tokenizer(expressions)
         settings.bert_config["vocab_size"] = len(tokenizer)
@@ -315,10 +316,10 @@ def build_model(settings: Settings, resumed: dict | None) -> tuple[VEGA, BertTok
     if resumed:
         load_weights(model, resumed["model"], "last.pt")
     if bert:
-        model.bert.load_state_dict(bert.state_dict())
-        tqdm.write(f"BERT: {len(bert.state_dict())} tensors from {settings.bert}; VEGA has no pooler")
-    if source:
-        tqdm.write(load_swin(model.vision.swin, source, settings.window_size))
+        model.bert.load_state_dict(pretrained_bert.state_dict())
+        tqdm.write(f"BERT: {len(model.bert.state_dict())} tensors from {bert}; VEGA has no pooler")
+    if swin:
+        tqdm.write(load_swin(model.vision.swin, swin, settings.window_size))
         gates = [fusion.gate for fusion in model.vision.fusions if fusion.gate]
         for layer in (layer for gate in gates for layer in (gate[0], gate[2])):
             torch.nn.init.trunc_normal_(layer.weight, std=0.02)  # LAVT: a pretrained Swin is hardly disturbed at first
@@ -354,8 +355,7 @@ def training_batches(objects: int, batch_size: int, done: int, total: int, seed:
 
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
-    """Of a step from 1 to total: polynomial decay (Sec. 4.1), after the warm-up. Without one it begins at the full rate.
-    """
+    """Of a step from 1 to total: polynomial decay (Sec. 4.1), after the warm-up. Without warm-up step 1 has --lr."""
     warmup = settings.warmup * total
     if step < warmup + 1:
         return settings.lr * step / (warmup + 1)
