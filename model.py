@@ -299,7 +299,8 @@ class VEGA(nn.Module):
     def loss(self, output: dict, mask: Tensor) -> dict:
         """output of `forward`, mask [B, H, W] 1 on the target -> "loss" and its terms "bce", "contrastive", "dice".
 
-        A loss of your own over tokens must leave out padding, where output["selection"].mask_G[:, :T] is 0.
+        A loss of your own over tokens must leave out padding, where output["selection"].mask_G[:, :T] is 0, with
+        T = output["tokens"].shape[1].
         """
         logits, mask = output["logits"], mask.float()
         losses = {"bce": F.binary_cross_entropy_with_logits(logits, mask)}

@@ -72,6 +72,7 @@ class VISBlock(nn.Module):
     """Algorithm 1, line by line: in `forward` the comment lines without a mark are the algorithm's own.
 
     One step is written another way: the weighted sum is a matrix product, so that nothing is expanded to [B, T, N, D].
+    The ablations, and a variant of your own, derive from Stepwise below.
 
     Two things in the paper weaken E. They are kept as printed; `sum-once` and `sharp` change them:
 
@@ -82,7 +83,7 @@ class VISBlock(nn.Module):
       than e^2 = 7.4 times another.
     """
 
-    selectors = "all"  # which tokens select: nothing here reads it, pictures and ablations do; see SELECTORS
+    selectors = "all"  # which tokens select, for pictures and ablations; VISBlock does not read it. See SELECTORS
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -200,7 +201,7 @@ class Stepwise(nn.Module):
             F_v, Q_l = F_v.float(), Q_l.float()
             S = self.similarities(F_v, Q_l[:, selecting])
             M = self.select(S)
-            M_hat = M * 1e4 - 1e4
+            M_hat = M.detach() * 1e4 - 1e4  # else a gradient through a choice of your own would be 1e4 times too large
             S_norm = self.normalise(S, M_hat)
             E = self.pool(M, S_norm, F_v)
         Q_v = self.cross_attend(E, F_v, M_hat)
@@ -212,7 +213,7 @@ class Stepwise(nn.Module):
     def rank(self, S: Tensor) -> Tensor:  # -> rank_index [B, R, K]
         return S.topk(max(1, int(S.shape[-1] * self.ratio)), dim=-1).indices
 
-    def select(self, S: Tensor) -> Tensor:  # Eq. 2 -> M [B, R, N]
+    def select(self, S: Tensor) -> Tensor:  # Eq. 2 -> M [B, R, N], 0 or 1
         return torch.zeros_like(S).scatter(-1, self.rank(S), 1.0)
 
     def normalise(self, S: Tensor, M_hat: Tensor) -> Tensor:  # Eq. 4 -> S_norm [B, R, N]
