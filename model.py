@@ -226,7 +226,8 @@ class Decoder(nn.Module):
         *skips, last = features
         bias = padding_bias(mask_G)  # [B, 1, R]
         x = self.attentions[0](self.project(last).flatten(1, 2), G, bias).unflatten(1, last.shape[1:3])
-        # from the last stage to the first; a turn upsamples x, concatenates the skip, and attends at the new size
+        # from the last stage to the first: four stages have four attentions, and three joins between them. A turn
+        # upsamples x, concatenates the skip, and attends at the new size
         joins = zip(reversed(skips), self.project_x, self.project_skip, self.convolutions, self.attentions[1:])
         for skip, project_x, project_skip, convolution, attention in joins:
             # project_x runs before the upsampling: the same result, on a quarter of the pixels

@@ -83,7 +83,7 @@ class VISBlock(nn.Module):
       than e^2 = 7.4 times another.
     """
 
-    selectors = "all"  # which tokens select, for pictures and ablations; VISBlock does not read it. See SELECTORS
+    selectors = "all"  # whose rows of M there are: pictures and Stepwise read it, VISBlock does not. See SELECTORS
 
     def __init__(self, dim: int, num_heads: int = 8, ratio: float = 0.3, dropout: float = 0.0):
         super().__init__()
@@ -176,7 +176,7 @@ class Stepwise(nn.Module):
     1. Derive a class and override a step, or `visual_expression` if the steps do not fit.
     2. List in `layers` what it uses: a parameter without a gradient stops torchrun.
     3. No M: `selectors = "none"`. No S, or one without [CLS]'s row first: eq5=False in its row of VARIANTS.
-    4. Add a row to VARIANTS, `"mine": Variant("ours", "what differs", None, None, Mine)`; train with --variant mine.
+    4. Add a row to VARIANTS, `"mine": Variant("ours", "what differs", block=Mine)`; train with --variant mine.
     To change VEGA itself, change the step here and in VISBlock, so that each ablation differs from it in one thing.
     """
 
@@ -201,7 +201,7 @@ class Stepwise(nn.Module):
             F_v, Q_l = F_v.float(), Q_l.float()
             S = self.similarities(F_v, Q_l[:, selecting])
             M = self.select(S)
-            M_hat = M.detach() * 1e4 - 1e4  # else a gradient through a choice of your own would be 1e4 times too large
+            M_hat = M.detach() * 1e4 - 1e4  # an M of your own may carry a gradient; 1e4 times that would be too much
             S_norm = self.normalise(S, M_hat)
             E = self.pool(M, S_norm, F_v)
         Q_v = self.cross_attend(E, F_v, M_hat)
@@ -411,8 +411,8 @@ class Variant(NamedTuple):
 
     table: str
     row: str
-    mIoU: float | None  # the paper's, in per cent, on RefCOCO val. vega's is 76.28 in Tables 2 and 3, 76.27 in 4 to 6
-    oIoU: float | None
+    mIoU: float | None = None  # the paper's, in per cent, on RefCOCO val. vega's is 76.28 in Tables 2 and 3, 76.27 in 4 to 6
+    oIoU: float | None = None
     block: type[nn.Module] = VISBlock
     # The tokens attend to F_v before the block, as in Table 2, rows 2 and 3; ours: in Tables 3 and 4, too.
     # False in Table 2, row 1, which has no F_v.
@@ -438,11 +438,11 @@ VARIANTS = {
     "no-normalisation": Variant("4d", "similarities as they are for weights", 76.18, 74.97, NoNormalisation),
     "unmasked-softmax": Variant("4d", "normalization without top-k mask", 76.22, 75.14, UnmaskedSoftmax),
     "no-cross-attention": Variant("4e", "no top-k cross-attention", 76.11, 74.23, NoCrossAttention),
-    "contrastive-only": Variant("ours", "enhanced linguistic expression, with Eq. 5", None, None, ContrastiveOnly),
-    "local-only-eq5": Variant("ours", "local, not global, with Eq. 5", None, None, LocalOnlyEq5),
-    "sum-once": Variant("ours", "E without the 1 / K of Eq. 4", None, None, SumOnce),
-    "sharp": Variant("ours", "softmax over S / tau, with the tau of Eq. 5", None, None, Sharp, shares_tau=True),
-    "sum-once-sharp": Variant("ours", "both", None, None, SumOnceSharp, shares_tau=True),
+    "contrastive-only": Variant("ours", "enhanced linguistic expression, with Eq. 5", block=ContrastiveOnly),
+    "local-only-eq5": Variant("ours", "local, not global, with Eq. 5", block=LocalOnlyEq5),
+    "sum-once": Variant("ours", "E without the 1 / K of Eq. 4", block=SumOnce),
+    "sharp": Variant("ours", "softmax over S / tau, with the tau of Eq. 5", block=Sharp, shares_tau=True),
+    "sum-once-sharp": Variant("ours", "both", block=SumOnceSharp, shares_tau=True),
 }  # fmt: skip
 RATIOS = {  # Table 6, --ratio: mIoU, oIoU. In oIoU 0.3 beats 0.1 by 0.53 and 0.8 by 0.55; Sec. 4.3.4 says 0.46 and 0.48
     0.1: (76.11, 74.82), 0.2: (76.08, 75.02), 0.3: (76.27, 75.35), 0.4: (76.24, 75.28), 0.5: (76.22, 75.14),

@@ -327,7 +327,7 @@ def build_model(settings: Settings, resumed: dict | None) -> tuple[VEGA, BertTok
 
 
 def make_optimizer(model: VEGA, settings: Settings) -> torch.optim.AdamW:
-    """AdamW, with a "factor" of the learning rate in each group.
+    """AdamW on all weights, Swin's and BERT's too, with a "factor" of the learning rate in each group.
 
     No weight decay for Swin's norms and relative position tables (LAVT), nor for any other vector or number (ours).
     """
