@@ -411,7 +411,7 @@ class Variant(NamedTuple):
 
     table: str
     row: str
-    mIoU: float | None = None  # the paper's, in per cent, on RefCOCO val. vega's is 76.28 in Tables 2 and 3, 76.27 in 4 to 6
+    mIoU: float | None = None  # the paper's, per cent, RefCOCO val. vega's is 76.28 in Tables 2 and 3, 76.27 in 4 to 6
     oIoU: float | None = None
     block: type[nn.Module] = VISBlock
     # The tokens attend to F_v before the block, as in Table 2, rows 2 and 3; ours: in Tables 3 and 4, too.
