@@ -132,7 +132,7 @@ def pairs(runs: list[dict], one: str, other: str, split: str = "val") -> str:
     found = []
     for seed in sorted(seed for name, seed in scores if name == one and (other, seed) in scores):
         both = scores[one, seed], scores[other, seed]
-        both = [[round(row[column], 2) for row in both] for column in ("oIoU", "mIoU")]  # so that what is printed adds up
+        both = [[row[column] for row in both] for column in ("oIoU", "mIoU")]
         found.append([value for mine, theirs in both for value in (mine, theirs, mine - theirs)])
         lines.append(f"| {seed} |" + "".join(" {:.2f} | {:.2f} | {:+.2f} |".format(*found[-1][i:]) for i in (0, 3)))
     if len(found) > 1:
