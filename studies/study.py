@@ -1,4 +1,4 @@
-"""The study: which part of VEGA helps? Every variant is trained several times on two small tasks, and compared.
+"""The study: which part of VEGA helps? Variants, trained several times on a small task, are compared.
 
     python -m studies.study                       the tables of the runs in studies/results.jsonl
     python -m studies.study --pairs NAME NAME     two rows of them, seed by seed
@@ -131,9 +131,8 @@ def pairs(runs: list[dict], one: str, other: str, split: str = "val") -> str:
     scores = {(run["name"], run["seed"]): run[split] for run in runs}
     found = []
     for seed in sorted(seed for name, seed in scores if name == one and (other, seed) in scores):
-        both = scores[one, seed], scores[other, seed]
-        both = [[row[column] for row in both] for column in ("oIoU", "mIoU")]
-        found.append([value for mine, theirs in both for value in (mine, theirs, mine - theirs)])
+        mine, theirs = scores[one, seed], scores[other, seed]
+        found.append([x for c in ("oIoU", "mIoU") for x in (mine[c], theirs[c], mine[c] - theirs[c])])
         lines.append(f"| {seed} |" + "".join(" {:.2f} | {:.2f} | {:+.2f} |".format(*found[-1][i:]) for i in (0, 3)))
     if len(found) > 1:
         means = np.mean(found, axis=0)
