@@ -1736,6 +1736,7 @@ def test_the_tables_of_the_study_are_those_of_its_results():
     text = (HERE / "docs" / "study.md").read_text()
     for title, runs in study.groups(study.read_results()).items():
         assert study.table(runs) in text, f"docs/study.md lacks the present table of {title}"
+        assert study.pairs(runs, "contrastive-only", "vega") in text  # "" where the control has no run
 
 
 def test_a_folder_of_things_is_what_its_sentences_say(tmp_path, capsys):
