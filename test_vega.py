@@ -1733,10 +1733,13 @@ def test_the_table_of_a_study_is_right():
 
 
 def test_the_tables_of_the_study_are_those_of_its_results():
-    text = (HERE / "docs" / "study.md").read_text()
-    for title, runs in study.groups(study.read_results()).items():
+    text, groups = (HERE / "docs" / "study.md").read_text(), study.groups(study.read_results())
+    for title, runs in groups.items():
         assert study.table(runs) in text, f"docs/study.md lacks the present table of {title}"
         assert study.pairs(runs, "contrastive-only", "vega") in text  # "" where the control has no run
+    for split in ("val", "testA", "testB"):  # the README's last column, of the demo's processor
+        mIoU = study.table(groups["shapes; AMD EPYC; 1 thread"], split).splitlines()[2].split("|")[8]
+        assert re.search(rf"^\| {split} \|.*\|{re.escape(mIoU)}\|$", (HERE / "README.md").read_text(), re.MULTILINE)
 
 
 def test_a_folder_of_things_is_what_its_sentences_say(tmp_path, capsys):
