@@ -1730,6 +1730,13 @@ def test_the_table_of_a_study_is_right():
         "| 1 | 60.00 | 65.00 | -5.00 | 70.00 | 75.00 | -5.00 |",
         "| mean | 62.50 | 64.50 | -2.00 | 72.50 | 74.50 | -2.00 |",
     ]
+    runs += [{"name": name, "seed": 0, "val": {"oIoU": oIoU}} for name, oIoU in (("all-pixels", 63), ("global-only", 64))]
+    assert study.claims(runs).splitlines()[2:] == [
+        "| 3a | `vega` | `all-pixels` | the better | +1.19 | +1.00 (+1.00 to +1.00) | shows |",
+        "| 3b | `vega` | `no-cues` | the better | +1.51 | +1.20 (-1.00 to +3.00) | cannot be seen |",
+        "| 3b | `vega` | `global-only` | both | +0.42 | +0.00 (+0.00 to +0.00) | does not show |",
+        "| 6 | `vega` | `ratio=0.1` | both | +0.53 | +2.00 (-1.00 to +5.00) | cannot be seen |",
+    ]
 
 
 def test_the_tables_of_the_study_are_those_of_its_results():
@@ -1737,6 +1744,7 @@ def test_the_tables_of_the_study_are_those_of_its_results():
     for title, runs in groups.items():
         assert study.table(runs) in text, f"docs/study.md lacks the present table of {title}"
         assert study.pairs(runs, "contrastive-only", "vega") in text  # "" where the control has no run
+        assert study.claims(runs) in text
     for split in ("val", "testA", "testB"):  # the README's last column, of the demo's processor
         mIoU = study.table(groups["shapes; AMD EPYC; 1 thread"], split).splitlines()[2].split("|")[8]
         assert re.search(rf"^\| {split} \|.*\|{re.escape(mIoU)}\|$", (HERE / "README.md").read_text(), re.MULTILINE)

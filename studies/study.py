@@ -1,7 +1,8 @@
 """The study: which part of VEGA helps? Variants, trained several times on a small task, are compared.
 
     python -m studies.study                       the tables of the runs in studies/results.jsonl
-    python -m studies.study --pairs NAME NAME     two rows of them, seed by seed
+    python -m studies.study --claims              the paper's claims one by one
+    python -m studies.study --pairs NAME NAME     two rows, seed by seed
     python -m studies.study --run                 train on the shapes what is missing there, a run on each core
     python -m studies.study --run --task things   the same on data/things, which `python -m studies.things` writes
 
@@ -44,6 +45,23 @@ TASK_ROWS = {
     "shapes": {name: 5 if name in FIVE_SEEDS else 3 for name in ROWS},  # row -> number of seeds
     "things": dict.fromkeys(("vega", "contrastive-only", "enhanced-linguistic", "linguistic", "sum-once-sharp"), 3),
 }
+# table -> what the paper says of its rows: (better, worse). "ours": more that its tables imply, for rows without Eq. 5
+CLAIMS = {
+    "2": [("enhanced-linguistic", "linguistic"), ("vega", "linguistic"), ("vega", "enhanced-linguistic")],
+    "3a": [("vega", "all-pixels"), ("topk-pixels", "all-pixels"), ("vega", "topk-pixels")],
+    "3b": [("vega", "no-cues"), ("vega", "local-only"), ("vega", "global-only")],
+    "4a": [("vega", "sigmoid-threshold")],
+    "4b": [("vega", "no-contrastive")],
+    "4c": [("vega", "no-similarity-weights")],
+    "4d": [("vega", "no-normalisation"), ("unmasked-softmax", "no-normalisation"), ("vega", "unmasked-softmax")],
+    "4e": [("vega", "no-cross-attention")],
+    "6": [("vega", "ratio=0.1"), ("vega", "ratio=0.5"), ("vega", "ratio=0.8")],
+    "ours": [
+        ("no-contrastive", "linguistic"), ("no-contrastive", "enhanced-linguistic"), ("no-contrastive", "all-pixels"),
+        ("no-contrastive", "no-cues"), ("no-contrastive", "local-only"), ("all-pixels", "enhanced-linguistic"),
+        ("local-only", "enhanced-linguistic"), ("enhanced-linguistic", "no-cues"),
+    ],
+}  # fmt: skip
 
 
 def read_results(file: Path = RESULTS) -> list[dict]:
@@ -143,6 +161,30 @@ def pairs(runs: list[dict], one: str, other: str, split: str = "val") -> str:
     return "\n".join(lines) if found else ""
 
 
+def claims(runs: list[dict], split: str = "val") -> str:
+    """CLAIMS in oIoU: the paper's difference, better minus worse; ours over the shared seeds; what is seen of it.
+
+    - shows: ours is positive on every seed
+    - cannot be seen: it is not, but the paper's is not above our largest
+    - does not show: the paper's is above our largest.
+    """
+    scores = {(run["name"], run["seed"]): run[split]["oIoU"] for run in runs}
+    lines = ["| table | better in the paper | worse | Eq. 5 in | paper | ours, smallest to largest | |"]
+    lines.append("| --- " * 7 + "|")
+    for number, better, worse in [(number, *pair) for number, pairs in CLAIMS.items() for pair in pairs]:
+        change = [scores[better, seed] - scores[worse, seed] for name, seed in scores
+                  if name == better and (worse, seed) in scores]  # fmt: skip
+        if not change:
+            continue
+        theirs = (paper_row(better)[1] or 0) - (paper_row(worse)[1] or 0)
+        seen = "shows" if min(change) > 0 else "cannot be seen" if theirs <= max(change) else "does not show"
+        having = [name not in VARIANTS or VARIANTS[name].eq5 for name in (better, worse)]
+        eq5 = "both" if all(having) else "the better" if any(having) else "neither"
+        lines.append(f"| {number} | `{better}` | `{worse}` | {eq5} | {theirs:+.2f} |"
+                     f" {np.mean(change):+.2f} ({min(change):+.2f} to {max(change):+.2f}) | {seen} |")  # fmt: skip
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def sign_test(differences: list[float]) -> float:
     """The share of all ways to sign the differences whose sum is as far from zero as theirs."""
     sums = [sum(signed) for signed in itertools.product(*((d, -d) for d in differences))]
@@ -157,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task", choices=TASKS, default="shapes", help="of --run")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help="of these rows alone")
     parser.add_argument("--pairs", nargs=2, choices=ROWS, metavar="NAME", help="instead, two rows seed by seed")
+    parser.add_argument("--claims", action="store_true", help="instead, the paper's claims one by one")
     parser.add_argument("--split", default="val", metavar="NAME", help="of the tables; each task has val")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), metavar="DIR", help="where the runs go")
@@ -172,7 +215,11 @@ def main(argv: list[str] | None = None) -> None:
             list(tqdm(runs, "training", len(todo), unit="run", disable=None))
     for title, runs in groups(read_results(args.results)).items():
         runs = [run for run in runs if args.split in run]
-        if shown := pairs(runs, *args.pairs, args.split) if args.pairs else table(runs, args.split):
+        if args.pairs:
+            shown = pairs(runs, *args.pairs, args.split)
+        else:
+            shown = (claims if args.claims else table)(runs, args.split)
+        if shown:
             print(f"\n{title}; {args.split}\n\n{shown}")
 
 
