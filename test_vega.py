@@ -1732,10 +1732,10 @@ def test_the_table_of_a_study_is_right():
     ]
     runs += [{"name": name, "seed": 0, "val": {"oIoU": oIoU}} for name, oIoU in (("all-pixels", 63), ("global-only", 64))]
     assert study.claims(runs).splitlines()[2:] == [
-        "| 3a | `vega` | `all-pixels` | the better | +1.19 | +1.00 (+1.00 to +1.00) | shows |",
-        "| 3b | `vega` | `no-cues` | the better | +1.51 | +1.20 (-1.00 to +3.00) | cannot be seen |",
-        "| 3b | `vega` | `global-only` | both | +0.42 | +0.00 (+0.00 to +0.00) | does not show |",
-        "| 6 | `vega` | `ratio=0.1` | both | +0.53 | +2.00 (-1.00 to +5.00) | cannot be seen |",
+        "| 3a | `vega` | `all-pixels` | the better | +1.19 | 1 | +1.00 (+1.00 to +1.00) | shows |",
+        "| 3b | `vega` | `no-cues` | the better | +1.51 | 5 | +1.20 (-1.00 to +3.00) | cannot be seen |",
+        "| 3b | `vega` | `global-only` | both | +0.42 | 1 | +0.00 (+0.00 to +0.00) | does not show |",
+        "| 6 | `vega` | `ratio=0.1` | both | +0.53 | 2 | +2.00 (-1.00 to +5.00) | cannot be seen |",
     ]
 
 

@@ -169,8 +169,8 @@ def claims(runs: list[dict], split: str = "val") -> str:
     - does not show: the paper's is above our largest.
     """
     scores = {(run["name"], run["seed"]): run[split]["oIoU"] for run in runs}
-    lines = ["| table | better in the paper | worse | Eq. 5 in | paper | ours, smallest to largest | |"]
-    lines.append("| --- " * 7 + "|")
+    lines = ["| table | better in the paper | worse | Eq. 5 in | paper | n | ours, smallest to largest | |"]
+    lines.append("| --- " * 8 + "|")
     for number, better, worse in [(number, *pair) for number, pairs in CLAIMS.items() for pair in pairs]:
         change = [scores[better, seed] - scores[worse, seed] for name, seed in scores
                   if name == better and (worse, seed) in scores]  # fmt: skip
@@ -180,7 +180,7 @@ def claims(runs: list[dict], split: str = "val") -> str:
         seen = "shows" if min(change) > 0 else "cannot be seen" if theirs <= max(change) else "does not show"
         having = [name not in VARIANTS or VARIANTS[name].eq5 for name in (better, worse)]
         eq5 = "both" if all(having) else "the better" if any(having) else "neither"
-        lines.append(f"| {number} | `{better}` | `{worse}` | {eq5} | {theirs:+.2f} |"
+        lines.append(f"| {number} | `{better}` | `{worse}` | {eq5} | {theirs:+.2f} | {len(change)} |"
                      f" {np.mean(change):+.2f} ({min(change):+.2f} to {max(change):+.2f}) | {seen} |")  # fmt: skip
     return "\n".join(lines) if len(lines) > 2 else ""
 
