@@ -1730,7 +1730,8 @@ def test_the_table_of_a_study_is_right():
         "| 1 | 60.00 | 65.00 | -5.00 | 70.00 | 75.00 | -5.00 |",
         "| mean | 62.50 | 64.50 | -2.00 | 72.50 | 74.50 | -2.00 |",
     ]
-    runs += [{"name": name, "seed": 0, "val": {"oIoU": oIoU}} for name, oIoU in (("all-pixels", 63), ("global-only", 64))]
+    more = {"all-pixels": 63, "global-only": 64}
+    runs += [{"name": name, "seed": 0, "val": {"oIoU": oIoU}} for name, oIoU in more.items()]
     assert study.claims(runs).splitlines()[2:] == [
         "| 3a | `vega` | `all-pixels` | the better | +1.19 | 1 | +1.00 (+1.00 to +1.00) | shows |",
         "| 3b | `vega` | `no-cues` | the better | +1.51 | 5 | +1.20 (-1.00 to +3.00) | cannot be seen |",

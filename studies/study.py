@@ -171,7 +171,7 @@ def claims(runs: list[dict], split: str = "val") -> str:
     scores = {(run["name"], run["seed"]): run[split]["oIoU"] for run in runs}
     lines = ["| table | better in the paper | worse | Eq. 5 in | paper | n | ours, smallest to largest | |"]
     lines.append("| --- " * 8 + "|")
-    for number, better, worse in [(number, *pair) for number, pairs in CLAIMS.items() for pair in pairs]:
+    for number, better, worse in [(number, *rows) for number in CLAIMS for rows in CLAIMS[number]]:
         change = [scores[better, seed] - scores[worse, seed] for name, seed in scores
                   if name == better and (worse, seed) in scores]  # fmt: skip
         if not change:
