@@ -1746,6 +1746,11 @@ def test_the_tables_of_the_study_are_those_of_its_results():
         assert study.table(runs) in text, f"docs/study.md lacks the present table of {title}"
         assert study.pairs(runs, "contrastive-only", "vega") in text  # "" where the control has no run
         assert study.claims(runs) in text
+    for task, page in itertools.product(("shapes", "things"), ("README.md", "docs/study.md")):
+        # the sentence that gives the differences seed by seed
+        lines = study.pairs(groups[f"{task}; AMD EPYC; 1 thread"], "contrastive-only", "vega").splitlines()[2:-1]
+        *others, last = [line.split("|")[4].strip() for line in lines]
+        assert f"{', '.join(others)} and {last}" in " ".join((HERE / page).read_text().split())
     for split in ("val", "testA", "testB"):  # the README's last column, of the demo's processor
         mIoU = study.table(groups["shapes; AMD EPYC; 1 thread"], split).splitlines()[2].split("|")[8]
         assert re.search(rf"^\| {split} \|.*\|{re.escape(mIoU)}\|$", (HERE / "README.md").read_text(), re.MULTILINE)
